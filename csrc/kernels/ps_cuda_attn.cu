@@ -1,0 +1,635 @@
+/* ps_cuda_attn - attention over the paged cache: tiles of queries in prefill, split keys in decode;
+ * both on the tensor cores with F16 products, float32 sums and the mask inside.
+ *
+ * Not here: merging parts that were computed on different sides (ps_cuda_elem.cu).
+ * Threads: the launcher on the engine's thread.
+ *
+ * Query heads that share a KV head are rows of one tile, so that keys and values are read once for
+ * all of them. A row is scaled by a power of two before it is rounded to F16. Softmax runs over
+ * base 2 (scores carry log2 e), keys ascending.
+ * - Prefill: a block takes 64 rows = 64 / (heads a KV head) tokens of one KV head, four warps of 16
+ * rows; keys and values stream through double-buffered tiles; tiles beyond the mask are not loaded.
+ * Tokens of a tile belong to one sequence; tiles where they do not are left to the other kernel.
+ * - Decode: a block takes one token, one KV head, up to 16 of its query heads and one share of the
+ * keys; each of its four warps streams its own tiles; results are joined in the order of warps,
+ * then (k_attn_join) of shares.
+ *
+ * Floors: decode reads 2 * keys * KV heads * head_dim * 2 bytes (Qwen3-30B-A3B at 1K: 2 MB a layer,
+ * 0.5 us: latency rules); prefill 4 * queries * keys / 2 * heads * head_dim / 600 TFLOP/s.
+ */
+#include "kernels/ps_cuda.cuh"
+#include "kernels/ps_cuda_ops.h"
+
+enum { PREFILL_ROWS = 64, ATTN_WARPS = 4 };
+
+#define LOG2_E 1.4426950408889634f
+#define LN_2   0.6931471805599453f
+
+typedef struct attn_params {
+    ps_attn_args a;
+    float *part, *part_ml; /* [n_tok][n_head][splits][head_dim] and [...][2]; decode with shares */
+    uint32_t group;        /* query heads a KV head */
+    uint32_t group_tiles;  /* tiles of rows that they take */
+    uint32_t tile_tok;     /* prefill: tokens a tile */
+    uint32_t splits, n_buffers;
+    uint32_t page_shift;
+    uint32_t only_mixed; /* decode: only tokens of prefill tiles that mix sequences */
+    uint32_t first_tok;  /* decode: token of blockIdx.z == 0 */
+    uint64_t row_bytes;  /* of the cache */
+} attn_params;
+
+/* Keys a tile, per warp in decode; 16-bit elements between rows, 8 more than the row so that
+ * ldmatrix meets no bank twice. */
+template <int D> __host__ __device__ constexpr int prefill_keys()
+{
+    return D > 128 ? 32 : 64;
+}
+template <int D> __host__ __device__ constexpr int decode_keys()
+{
+    return D > 128 ? 16 : 32;
+}
+template <int D> __host__ __device__ constexpr int pitch()
+{
+    return D + 8;
+}
+/* Wide heads keep their queries in shared memory: registers are full of sums. */
+template <int D> __host__ __device__ constexpr bool q_in_smem()
+{
+    return D > 128;
+}
+
+PS_DEVICE int32_t smaller(int32_t a, int32_t b)
+{
+    return a < b ? a : b;
+}
+PS_DEVICE int32_t larger(int32_t a, int32_t b)
+{
+    return a > b ? a : b;
+}
+PS_DEVICE int32_t warp_min(int32_t v)
+{
+    for (int o = 16; o > 0; o >>= 1) v = smaller(v, __shfl_xor_sync(PS_FULL_WARP, v, o));
+    return v;
+}
+PS_DEVICE int32_t warp_max(int32_t v)
+{
+    for (int o = 16; o > 0; o >>= 1) v = larger(v, __shfl_xor_sync(PS_FULL_WARP, v, o));
+    return v;
+}
+
+/* ---- keys and values ---- */
+
+/* Eight values of a Q8_0 row as F16, rounded once. */
+PS_DEVICE uint4 q8_chunk(const uint8_t *row, uint32_t chunk)
+{
+    const uint8_t *block = row + chunk / 4 * 34;
+    const uint16_t *q = (const uint16_t *)(block + 2 + chunk % 4 * 8);
+    const float d = ps_f16(*(const uint16_t *)block);
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const uint32_t two = q[i];
+        v[i] = ps_pack_f16(d * (float)(int8_t)(two & 255), d * (float)(int8_t)(two >> 8));
+    }
+    return make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+PS_DEVICE int32_t page_of(const attn_params &p, uint32_t seq, uint32_t pos)
+{
+    return (
+        (const int32_t *)p.a.kv.table.a)[(uint64_t)seq * p.a.kv.max_pages + (pos >> p.page_shift)];
+}
+
+/* Rows first .. first + KEYS - 1 of one side to shared memory, shared out over n_threads; zeros
+ * from `end` on and where the page is not here, so that a weight of 0 never meets garbage. */
+template <int D, int KEYS>
+PS_DEVICE void load_side(const attn_params &p, ps_dptr side, uint16_t *to, uint32_t seq,
+    uint32_t kv_head, uint32_t first, uint32_t end, uint32_t thread, uint32_t n_threads)
+{
+    constexpr uint32_t CHUNKS = D / 8;
+    const ps_kv_view &kv = p.a.kv;
+    for (uint32_t i = thread; i < KEYS * CHUNKS; i += n_threads) {
+        const uint32_t row = i / CHUNKS, chunk = i % CHUNKS, pos = first + row;
+        const int32_t page = pos < end ? page_of(p, seq, pos) : -1;
+        const uint64_t at =
+            (((uint64_t)(page < 0 ? 0 : page) * kv.n_kv_head + kv_head) << p.page_shift) +
+            (pos & (kv.page_tok - 1));
+        uint16_t *dst = to + row * pitch<D>() + chunk * 8;
+        const uint8_t *src = (const uint8_t *)side.a + (page < 0 ? 0 : at * p.row_bytes);
+        if (kv.fmt == PS_FMT_F16)
+            ps_copy16(dst, src + (page < 0 ? 0 : chunk * 16), page < 0 ? 0 : 16);
+        else
+            *(uint4 *)dst = page < 0 ? make_uint4(0, 0, 0, 0) : q8_chunk(src, chunk);
+    }
+}
+
+/* Bit i: key first + i is before `end` and its page is here. Collective. */
+template <int KEYS>
+PS_DEVICE uint64_t present_keys(const attn_params &p, uint32_t seq, uint32_t first, uint32_t end)
+{
+    const uint32_t lane = threadIdx.x % 32;
+    const bool lo = lane < KEYS && first + lane < end && page_of(p, seq, first + lane) >= 0;
+    uint64_t bits = __ballot_sync(PS_FULL_WARP, lo);
+    if constexpr (KEYS > 32) {
+        const bool hi = first + 32 + lane < end && page_of(p, seq, first + 32 + lane) >= 0;
+        bits |= (uint64_t)__ballot_sync(PS_FULL_WARP, hi) << 32;
+    }
+    return bits;
+}
+
+/* ---- one warp: 16 rows of queries ---- */
+
+typedef struct query_rows { /* this lane's two rows: lane / 4 and 8 more */
+    int32_t pos[2];         /* -1: no row */
+    float factor[2]; /* from products to scores; to scores times log2 e where there is no softcap */
+    float max[2], sum[2]; /* of exponentials so far; `sum` is this lane's share of the row */
+} query_rows;
+
+/* Rounds the lane's parts of its rows; `row[i]` may be NULL. The four lanes of a row hold all of
+ * it. */
+template <int D>
+PS_DEVICE void load_queries(
+    const attn_params &p, const float *const row[2], uint32_t q[D / 16][4], query_rows *s)
+{
+    const uint32_t c = threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float max = 0.0f;
+#pragma unroll
+        for (int k = 0; k < D / 8; k++)
+            if (row[i] != NULL)
+                max = fmaxf(max, fmaxf(fabsf(row[i][k * 8 + c]), fabsf(row[i][k * 8 + c + 1])));
+        max = fmaxf(max, __shfl_xor_sync(PS_FULL_WARP, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(PS_FULL_WARP, max, 2));
+        /* The power of two that brings the row's largest value to [16, 32). */
+        const int exponent = (int)(__float_as_uint(max) >> 23) - 4;
+        const uint32_t bits =
+            max > 0.0f ? (uint32_t)(exponent > 1 ? exponent : 1) << 23 : 127u << 23;
+        const float scale = __uint_as_float(bits), inverse = __uint_as_float((254u << 23) - bits);
+        s->factor[i] = p.a.softcap > 0.0f ? scale * p.a.scale : scale * p.a.scale * LOG2_E;
+        s->max[i] = -INFINITY;
+        s->sum[i] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < D / 16; k++) {
+            const float *x = row[i] + k * 16 + c;
+            q[k][i] = row[i] != NULL ? ps_pack_f16(x[0] * inverse, x[1] * inverse) : 0;
+            q[k][i + 2] = row[i] != NULL ? ps_pack_f16(x[8] * inverse, x[9] * inverse) : 0;
+        }
+    }
+}
+
+/* The fragments as ldmatrix will find them again: 16 rows of pitch<D>(). */
+template <int D> PS_DEVICE void park_queries(uint16_t *tile, const uint32_t q[D / 16][4])
+{
+    const uint32_t lane = threadIdx.x % 32, c = lane % 4 * 2;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            *(uint32_t *)(tile + (lane / 4 + i % 2 * 8) * pitch<D>() + k * 16 + i / 2 * 8 + c) =
+                q[k][i];
+}
+
+/* One tile of keys and values: scores, mask, softmax so far, weighted values. `present` bit j: key
+ * first + j counts; `open`: every key of the tile counts for every row. */
+template <int D, int KEYS>
+PS_DEVICE void attend_tile(const attn_params &p, const uint16_t *keys, const uint16_t *values,
+    const uint32_t q[D / 16][4], const uint16_t *q_tile, uint32_t first, uint64_t present,
+    bool open, query_rows *s, float (&out)[D / 8][4])
+{
+    const uint32_t lane = threadIdx.x % 32;
+    const int32_t window =
+        p.a.window > 0 && p.a.window < INT32_MAX ? (int32_t)p.a.window : INT32_MAX;
+    float score[KEYS / 8][4] = {};
+    const uint16_t *k_row = keys + (lane / 16 * 8 + lane % 8) * pitch<D>() + lane / 8 % 2 * 8;
+    const uint16_t *q_row = q_tile + lane % 16 * pitch<D>() + lane / 16 * 8;
+#pragma unroll
+    for (int d = 0; d < D / 16; d++) {
+        uint32_t a[4];
+        if constexpr (q_in_smem<D>()) {
+            ps_ldmatrix(a, q_row + d * 16);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = q[d][i];
+        }
+#pragma unroll
+        for (int n = 0; n < KEYS / 16; n++) {
+            uint32_t b[4];
+            ps_ldmatrix(b, k_row + n * 16 * pitch<D>() + d * 16);
+            ps_mma_f16(score[2 * n], a, b[0], b[1]);
+            ps_mma_f16(score[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+    float max[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float x = score[n][c] * s->factor[c / 2];
+            if (p.a.softcap > 0.0f) x = p.a.softcap * tanhf(x / p.a.softcap) * LOG2_E;
+            if (!open) {
+                const uint32_t j = n * 8 + lane % 4 * 2 + c % 2;
+                const int32_t back = s->pos[c / 2] - (int32_t)(first + j);
+                if (!(present >> j & 1) || back < 0 || back >= window) x = -INFINITY;
+            }
+            score[n][c] = x;
+            max[c / 2] = fmaxf(max[c / 2], x);
+        }
+    float base[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        max[i] = fmaxf(max[i], __shfl_xor_sync(PS_FULL_WARP, max[i], 1));
+        max[i] = fmaxf(max[i], __shfl_xor_sync(PS_FULL_WARP, max[i], 2));
+        max[i] = fmaxf(max[i], s->max[i]);
+        base[i] = max[i] == -INFINITY
+                      ? 0.0f
+                      : max[i]; /* no key yet: weights stay 0 instead of not a number */
+        const float shrink = exp2f(s->max[i] - base[i]);
+        s->max[i] = max[i];
+        s->sum[i] *= shrink;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) out[n][2 * i] *= shrink, out[n][2 * i + 1] *= shrink;
+    }
+    const uint16_t *v_row = values + lane % 16 * pitch<D>() + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < KEYS / 16; k++) {
+        uint32_t
+            a[4]; /* the scores' places in the sums are the weights' places in the next product */
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            float *x = &score[2 * k + i / 2][i % 2 * 2];
+            x[0] = exp2f(x[0] - base[i % 2]), x[1] = exp2f(x[1] - base[i % 2]);
+            s->sum[i % 2] += x[0] + x[1];
+            a[i] = ps_pack_f16(x[0], x[1]);
+        }
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) {
+            uint32_t b[4];
+            ps_ldmatrix_t(b, v_row + k * 16 * pitch<D>() + n * 16);
+            ps_mma_f16(out[2 * n], a, b[0], b[1]);
+            ps_mma_f16(out[2 * n + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+/* The lanes of a row join their shares of the sum. Collective. */
+PS_DEVICE void join_sums(query_rows *s)
+{
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        s->sum[i] += __shfl_xor_sync(PS_FULL_WARP, s->sum[i], 1);
+        s->sum[i] += __shfl_xor_sync(PS_FULL_WARP, s->sum[i], 2);
+    }
+}
+
+/* What turns a row's sums into its output, sink included; (max, sum) of the row to `ml` where
+ * asked. */
+PS_DEVICE float finish_row(
+    const attn_params &p, uint64_t t, uint32_t h, float max, float sum, bool write_ml)
+{
+    float shrink = 1.0f;
+    if (p.a.sinks.a != 0) {
+        const float sink = ((const float *)p.a.sinks.a)[h] * LOG2_E, top = fmaxf(max, sink);
+        shrink = exp2f(max - top);
+        sum = sum * shrink + exp2f(sink - top);
+        max = top;
+    }
+    if (write_ml && p.a.ml.a != 0) {
+        float *ml = (float *)p.a.ml.a + (t * p.a.n_head + h) * 2;
+        ml[0] = max * LN_2;
+        ml[1] = sum;
+    }
+    return sum > 0.0f ? shrink / sum : 0.0f;
+}
+
+/* Whether the tokens of the tile that begins at t0 belong to different sequences. Collective. */
+PS_DEVICE bool is_mixed(const attn_params &p, uint32_t t0)
+{
+    const int32_t *seq = (const int32_t *)p.a.seq.a;
+    bool other = false;
+    for (uint32_t i = threadIdx.x % 32; i < p.tile_tok && t0 + i < p.a.n_tok; i += 32)
+        other |= seq[t0 + i] != seq[t0];
+    return __any_sync(PS_FULL_WARP, other);
+}
+
+/* ---- prefill. Grid: x tiles of tokens (last ones first: they have most keys), y KV heads, z tiles
+ * of a big group. Shared memory: n_buffers x (keys, values), then queries where they live there.
+ * ---- */
+
+template <int D>
+__global__ void __launch_bounds__(ATTN_WARPS * 32, D > 128 ? 2 : 3)
+    k_attn_prefill(const __grid_constant__ attn_params p)
+{
+    constexpr int KEYS = prefill_keys<D>(), TILE = KEYS * pitch<D>();
+    PS_DYNAMIC_SMEM(smem);
+    ps_dep_wait();
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
+    const uint32_t t0 = (gridDim.x - 1 - blockIdx.x) * p.tile_tok, h0 = blockIdx.z * PREFILL_ROWS;
+    const uint32_t heads = p.group - h0 < PREFILL_ROWS ? p.group - h0 : PREFILL_ROWS;
+    if (p.a.kv.n_seq > 1 && is_mixed(p, t0)) return;
+    const uint32_t seq = (uint32_t)((const int32_t *)p.a.seq.a)[t0];
+    const int32_t *pos = (const int32_t *)p.a.pos.a;
+    const int32_t window =
+        p.a.window > 0 && p.a.window < INT32_MAX ? (int32_t)p.a.window : INT32_MAX;
+
+    int32_t low = INT32_MAX, high = -1; /* positions of the block's tokens */
+    for (uint32_t i = lane; i < p.tile_tok && t0 + i < p.a.n_tok; i += 32) {
+        low = smaller(low, pos[t0 + i]);
+        high = larger(high, pos[t0 + i]);
+    }
+    low = warp_min(low);
+    high = warp_max(high);
+
+    query_rows rows;
+    const float *from[2];
+    uint32_t token[2], head[2];
+    int32_t warp_low = INT32_MAX, warp_high = -1;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t r = warp * 16 + lane / 4 + i * 8, t = t0 + r / heads;
+        token[i] = t, head[i] = kv_head * p.group + h0 + r % heads;
+        const bool in = r / heads < p.tile_tok && t < p.a.n_tok;
+        rows.pos[i] = in ? pos[t] : -1;
+        from[i] =
+            in ? (const float *)p.a.q.a + (uint64_t)t * p.a.ldq + (uint64_t)head[i] * D : NULL;
+        warp_low = smaller(warp_low, in ? rows.pos[i] : INT32_MAX);
+        warp_high = larger(warp_high, rows.pos[i]);
+    }
+    warp_low = warp_min(warp_low);
+    warp_high = warp_max(warp_high);
+
+    uint16_t *tiles = (uint16_t *)smem,
+             *q_tile = tiles + p.n_buffers * 2 * TILE + warp * 16 * pitch<D>();
+    uint32_t q[D / 16][4];
+    load_queries<D>(p, from, q, &rows);
+    if constexpr (q_in_smem<D>()) {
+        park_queries<D>(q_tile, q);
+        __syncwarp();
+    }
+    float out[D / 8][4] = {};
+    const uint32_t end = (uint32_t)high + 1;
+    const uint32_t begin = low >= window ? (uint32_t)(low - window + 1) / KEYS * KEYS : 0;
+    if (p.n_buffers == 2) {
+        load_side<D, KEYS>(
+            p, p.a.kv.k, tiles, seq, kv_head, begin, end, threadIdx.x, ATTN_WARPS * 32);
+        load_side<D, KEYS>(
+            p, p.a.kv.v, tiles + TILE, seq, kv_head, begin, end, threadIdx.x, ATTN_WARPS * 32);
+        ps_copy_commit();
+    }
+    uint32_t buffer = 0;
+    for (uint32_t first = begin; first < end; first += KEYS) {
+        const uint32_t ahead = p.n_buffers == 2 ? first + KEYS : first;
+        uint16_t *to = tiles + (p.n_buffers == 2 ? (buffer ^ 1) * 2 * TILE : 0);
+        if (ahead < end) {
+            load_side<D, KEYS>(
+                p, p.a.kv.k, to, seq, kv_head, ahead, end, threadIdx.x, ATTN_WARPS * 32);
+            load_side<D, KEYS>(
+                p, p.a.kv.v, to + TILE, seq, kv_head, ahead, end, threadIdx.x, ATTN_WARPS * 32);
+        }
+        ps_copy_commit();
+        if (p.n_buffers == 2)
+            ps_copy_wait<1>();
+        else
+            ps_copy_wait<0>();
+        __syncthreads(); /* the tile is there for all */
+        const uint16_t *keys = tiles + buffer * 2 * TILE;
+        const bool some = (int32_t)first <= warp_high &&
+                          (warp_low < window || (int32_t)(first + KEYS - 1) > warp_low - window);
+        if (some) { /* the same in all lanes */
+            const uint64_t present = present_keys<KEYS>(p, seq, first, end);
+            constexpr uint64_t ALL = KEYS == 64 ? ~0ull : (1ull << (KEYS % 64)) - 1;
+            const bool open = present == ALL && (int32_t)(first + KEYS - 1) <= warp_low &&
+                              warp_high - (int32_t)first < window;
+            attend_tile<D, KEYS>(p, keys, keys + TILE, q, q_tile, first, present, open, &rows, out);
+        }
+        __syncthreads(); /* nobody reads it any more */
+        if (p.n_buffers == 2) buffer ^= 1;
+    }
+    join_sums(&rows);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        if (rows.pos[i] < 0) continue;
+        const float scale =
+            finish_row(p, token[i], head[i], rows.max[i], rows.sum[i], lane % 4 == 0);
+        float *y = (float *)p.a.out.a + (uint64_t)token[i] * p.a.ldo + (uint64_t)head[i] * D +
+                   lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            y[n * 8] = out[n][2 * i] * scale;
+            y[n * 8 + 1] = out[n][2 * i + 1] * scale;
+        }
+    }
+}
+
+/* ---- decode. Grid: x shares of keys, y KV heads x tiles of 16 query heads, z tokens.
+ * Shared memory: per warp keys and values, later the warp's sums; then queries where they live
+ * there. ---- */
+
+template <int D>
+__global__ void __launch_bounds__(ATTN_WARPS * 32)
+    k_attn_decode(const __grid_constant__ attn_params p)
+{
+    constexpr int KEYS = decode_keys<D>(), TILE = KEYS * pitch<D>();
+    PS_DYNAMIC_SMEM(smem);
+    ps_dep_wait();
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+    const uint32_t t = p.first_tok + blockIdx.z;
+    const uint32_t kv_head = blockIdx.y / p.group_tiles, h0 = blockIdx.y % p.group_tiles * 16,
+                   split = blockIdx.x;
+    const uint32_t heads = p.group - h0 < 16 ? p.group - h0 : 16, head0 = kv_head * p.group + h0;
+    if (p.only_mixed && !is_mixed(p, t / p.tile_tok * p.tile_tok)) return;
+    const uint32_t seq = (uint32_t)((const int32_t *)p.a.seq.a)[t],
+                   pos = (uint32_t)((const int32_t *)p.a.pos.a)[t];
+
+    /* This share of the keys: by the length in hand, in whole rounds of the block's warps. */
+    const uint32_t oldest = p.a.window > 0 && pos >= p.a.window ? pos - p.a.window + 1 : 0,
+                   round = n_warps * KEYS;
+    const uint32_t share =
+        ((pos + 1 - oldest + p.splits - 1) / p.splits + round - 1) / round * round;
+    const uint64_t begin = oldest + (uint64_t)split * share;
+    const uint32_t end = (uint32_t)(begin + share < pos + 1 ? begin + share : pos + 1);
+    if (begin >= end) { /* a sum of -1 says so */
+        if (threadIdx.x < heads)
+            p.part_ml[(((uint64_t)t * p.a.n_head + head0 + threadIdx.x) * p.splits + split) * 2 +
+                      1] = -1.0f;
+        return;
+    }
+
+    query_rows rows;
+    const float *from[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t r = lane / 4 + i * 8;
+        rows.pos[i] = r < heads ? (int32_t)pos : -1;
+        from[i] = r < heads
+                      ? (const float *)p.a.q.a + (uint64_t)t * p.a.ldq + (uint64_t)(head0 + r) * D
+                      : NULL;
+    }
+    uint16_t *keys = (uint16_t *)smem + warp * 2 * TILE,
+             *q_tile = (uint16_t *)smem + n_warps * 2 * TILE;
+    uint32_t q[D / 16][4];
+    load_queries<D>(p, from, q, &rows);
+    if constexpr (q_in_smem<D>()) {
+        if (warp == 0) park_queries<D>(q_tile, q);
+        __syncthreads();
+    }
+    float out[D / 8][4] = {};
+    for (uint32_t first = (uint32_t)begin + warp * KEYS; first < end; first += round) {
+        load_side<D, KEYS>(p, p.a.kv.k, keys, seq, kv_head, first, end, lane, 32);
+        load_side<D, KEYS>(p, p.a.kv.v, keys + TILE, seq, kv_head, first, end, lane, 32);
+        ps_copy_commit();
+        const uint64_t present = present_keys<KEYS>(p, seq, first, end);
+        ps_copy_wait<0>();
+        __syncwarp();
+        attend_tile<D, KEYS>(p, keys, keys + TILE, q, q_tile, first, present, false, &rows, out);
+        __syncwarp(); /* before the tile is overwritten */
+    }
+    join_sums(&rows);
+
+    /* The warps' sums, each where its keys were. */
+    float *mine = (float *)keys;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t r = lane / 4 + i * 8;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            *(float2 *)(mine + r * D + n * 8 + lane % 4 * 2) =
+                make_float2(out[n][2 * i], out[n][2 * i + 1]);
+        if (lane % 4 == 0) mine[16 * D + r] = rows.max[i], mine[16 * D + 16 + r] = rows.sum[i];
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < heads * D; i += blockDim.x) {
+        const uint32_t r = i / D, d = i % D, h = head0 + r;
+        float max = -INFINITY, sum = 0.0f, value = 0.0f;
+        for (uint32_t w = 0; w < n_warps; w++)
+            max = fmaxf(max, ((const float *)smem)[w * TILE + 16 * D + r]);
+        const float base = max == -INFINITY ? 0.0f : max;
+        for (uint32_t w = 0; w < n_warps; w++) {
+            const float *theirs = (const float *)smem + w * TILE; /* keys and values: TILE floats */
+            const float weight = exp2f(theirs[16 * D + r] - base);
+            sum = fmaf(theirs[16 * D + 16 + r], weight, sum);
+            value = fmaf(theirs[r * D + d], weight, value);
+        }
+        if (p.splits == 1) {
+            ((float *)p.a.out.a)[(uint64_t)t * p.a.ldo + (uint64_t)h * D + d] =
+                value * finish_row(p, t, h, max, sum, d == 0);
+            continue;
+        }
+        const uint64_t at = ((uint64_t)t * p.a.n_head + h) * p.splits + split;
+        p.part[at * D + d] = value;
+        if (d == 0) p.part_ml[2 * at] = max, p.part_ml[2 * at + 1] = sum;
+    }
+}
+
+/* Joins the shares, in order. A warp takes one head of one token; up to 32 shares. */
+static __global__ void __launch_bounds__(128) k_attn_join(const __grid_constant__ attn_params p)
+{
+    __shared__ float weights[4][32];
+    ps_dep_wait();
+    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, d = p.a.kv.head_dim;
+    const uint64_t row = (uint64_t)blockIdx.x * 4 + warp, t = row / p.a.n_head;
+    const uint32_t h = (uint32_t)(row % p.a.n_head);
+    if (t >= p.a.n_tok) return;
+    const float *ml = p.part_ml + row * p.splits * 2;
+    float sum = lane < p.splits ? ml[2 * lane + 1] : -1.0f;
+    const uint32_t n =
+        __popc(__ballot_sync(PS_FULL_WARP, sum >= 0.0f)); /* shares in use come first */
+    const float own = lane < n ? ml[2 * lane] : -INFINITY, max = ps_warp_max(own);
+    const float weight = own == -INFINITY ? 0.0f : exp2f(own - max);
+    weights[warp][lane] = weight;
+    sum = ps_warp_sum(lane < n ? sum * weight : 0.0f);
+    __syncwarp();
+    const float scale = finish_row(p, t, h, max, sum, lane == 0);
+    const float *part = p.part + row * p.splits * d;
+    float *y = (float *)p.a.out.a + t * p.a.ldo + (uint64_t)h * d;
+    for (uint32_t c = lane; c < d; c += 32) {
+        float value = 0.0f;
+#pragma unroll 8
+        for (uint32_t s = 0; s < n; s++)
+            value = fmaf(part[(uint64_t)s * d + c], weights[warp][s], value);
+        y[c] = value * scale;
+    }
+}
+
+/* ---- the table ---- */
+
+typedef struct attn_kernels {
+    uint32_t head_dim;
+    const void *prefill, *decode;
+    uint32_t prefill_buffer, prefill_q; /* bytes of keys and values, and of queries */
+    uint32_t decode_warp, decode_q;
+} attn_kernels;
+
+#define ROW(D)                                                                                     \
+    {                                                                                              \
+        D, (const void *)k_attn_prefill<D>, (const void *)k_attn_decode<D>,                        \
+            2 * prefill_keys<D>() * pitch<D>() * 2,                                                \
+            q_in_smem<D>() ? PREFILL_ROWS *pitch<D>() * 2 : 0,                                     \
+            2 * decode_keys<D>() * pitch<D>() * 2, q_in_smem<D>() ? 16 * pitch<D>() * 2 : 0        \
+    }
+static const attn_kernels table[] = {ROW(32), ROW(64), ROW(80), ROW(96), ROW(128), ROW(256)};
+#undef ROW
+
+static const attn_kernels *kernels_of(uint32_t head_dim)
+{
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        if (table[i].head_dim == head_dim) return &table[i];
+    return NULL;
+}
+
+static ps_status launch_decode(const ps_launch *launch, const attn_kernels *k, attn_params *p)
+{
+    const uint64_t smem_limit = ps_cuda_smem_bytes(launch->info->sm);
+    const uint32_t warps = 4ull * k->decode_warp + k->decode_q <= smem_limit ? 4 : 2;
+    const uint64_t smem_bytes = (uint64_t)warps * k->decode_warp + k->decode_q;
+    p->group_tiles = ps_div_up(p->group, 16);
+    for (p->first_tok = 0; p->first_tok < p->a.n_tok;
+         p->first_tok += 65535) { /* the grid's limit in z */
+        const uint32_t left = p->a.n_tok - p->first_tok;
+        const dim3 grid(p->splits, p->a.kv.n_kv_head * p->group_tiles, left < 65535 ? left : 65535);
+        const ps_status status = ps_cuda_launch(launch, k->decode, grid, warps * 32, smem_bytes, p);
+        if (status != PS_OK) return status;
+    }
+    return PS_OK;
+}
+
+static ps_status attn_decode(const ps_launch *launch, const attn_kernels *k, attn_params *p)
+{
+    const ps_cuda_attn_layout l = ps_cuda_attn_plan(&p->a);
+    p->splits = ps_cuda_attn_splits(&p->a);
+    if (p->a.ws_bytes < l.total) return PS_EINTERNAL;
+    p->part = ps_ptr<float>(p->a.ws);
+    p->part_ml = ps_ptr<float>(ps_dptr_add(p->a.ws, l.ml));
+    const ps_status status = launch_decode(launch, k, p);
+    if (status != PS_OK || p->splits == 1) return status;
+    const dim3 grid(ps_div_up((uint64_t)p->a.n_tok * p->a.n_head, 4));
+    return ps_cuda_launch(launch, (const void *)k_attn_join, grid, 128, 0, p);
+}
+
+ps_status ps_cuda_attn(const ps_launch *launch, const void *args)
+{
+    attn_params p = {};
+    p.a = *(const ps_attn_args *)args;
+    const ps_attn_args *a = &p.a;
+    const ps_status status = ps_op_check(PS_OP_ATTN, a, NULL);
+    if (status != PS_OK) return status;
+    const attn_kernels *k = kernels_of(a->kv.head_dim);
+    const uint32_t page_tok = a->kv.page_tok;
+    if (k == NULL || (page_tok & (page_tok - 1)) != 0) return PS_EUNSUPPORTED;
+    while (page_tok >> p.page_shift > 1) p.page_shift++;
+    if (!ps_fmt_row_bytes(a->kv.fmt, a->kv.head_dim, &p.row_bytes)) return PS_EINTERNAL;
+    p.group = a->n_head / a->kv.n_kv_head;
+    p.splits = 1;
+    p.tile_tok = p.group < PREFILL_ROWS ? PREFILL_ROWS / p.group : 1;
+    const uint64_t smem_limit = ps_cuda_smem_bytes(launch->info->sm);
+    p.n_buffers = 2ull * k->prefill_buffer + k->prefill_q <= smem_limit ? 2 : 1;
+    const uint64_t smem_bytes = (uint64_t)p.n_buffers * k->prefill_buffer + k->prefill_q;
+    if (a->n_tok <= PS_CUDA_DECODE_TOK || smem_bytes > smem_limit)
+        return attn_decode(launch, k, &p);
+    const dim3 grid(
+        ps_div_up(a->n_tok, p.tile_tok), a->kv.n_kv_head, ps_div_up(p.group, PREFILL_ROWS));
+    const ps_status s = ps_cuda_launch(launch, k->prefill, grid, ATTN_WARPS * 32, smem_bytes, &p);
+    if (s != PS_OK || a->kv.n_seq == 1) return s;
+    p.only_mixed = 1;
+    return launch_decode(launch, k, &p);
+}

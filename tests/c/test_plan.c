@@ -1,0 +1,256 @@
+/* Plans, lowering and the checker, on the golden models: no device, no weights read. */
+#include "ps_test.h"
+
+#include "engine/ps_ticks.h"
+
+typedef struct fixture {
+    ps_model *model;
+    ps_place *places;
+    ps_tier tiers[3];
+    ps_plan_spec spec;
+} fixture;
+
+static bool open_fixture(fixture *f, const char *file, bool accelerator)
+{
+    char path[256];
+    ps_err err = {0};
+    snprintf(path, sizeof path, "tests/data/golden/%s", file);
+    *f = (fixture){0};
+    if (ps_model_open(path, &f->model, &err) != PS_OK) {
+        ps_test_fail(__FILE__, __LINE__, "%s: %s", file, err.message);
+        return false;
+    }
+    f->tiers[0] = (ps_tier){"decode", 1};
+    f->tiers[1] = (ps_tier){"small", 64};
+    f->tiers[2] = (ps_tier){"prefill", UINT32_MAX};
+    f->places = ps_alloc(3ull * f->model->n_units, sizeof *f->places);
+    f->spec = (ps_plan_spec){.accelerator = accelerator,
+        .sm = 90,
+        .budget_bytes = UINT64_MAX,
+        .n_ctx = 256,
+        .n_seq = 2,
+        .kv_fmt = PS_FMT_F16,
+        .n_tiers = 3,
+        .tiers = f->tiers,
+        .places = f->places,
+        .chunk_tok = 16,
+        .pass_tok = 48,
+        .logit_rows = 4};
+    return true;
+}
+
+static void close_fixture(fixture *f)
+{
+    ps_free(f->places);
+    ps_model_close(f->model);
+}
+
+static void place(fixture *f, uint32_t unit, ps_place_kind kind)
+{
+    for (uint32_t t = 0; t < 3; t++) f->places[t * f->model->n_units + unit].kind = kind;
+}
+
+static const char *const models[] = {"llama.q4_k_m.gguf", "llama3-rope.q8_0.gguf",
+    "mixtral.q4_0.gguf", "nemotron.bf16.gguf", "qwen2.q8_0.gguf", "qwen2vl.f16.gguf",
+    "qwen3.q6_k.gguf", "qwen3moe.q4_k_m.gguf", "gemma3.q4_0.gguf", "phi3.q4_1.gguf",
+    "gpt-oss.mxfp4.gguf"};
+enum { N_MODELS = sizeof models / sizeof *models };
+
+/* Which units go where: none or all in VRAM, patterns that put neighbours on different sides, and
+ * from FIRST_STREAMED on patterns with streamed units, through rings from roomy to tight. */
+enum { FIRST_STREAMED = 8, N_PATTERNS = 20 };
+static void apply_pattern(fixture *f, int pattern)
+{
+    static const uint32_t rings[][2] = {
+        {4, 256 << 10}, {3, 128 << 10}, {7, 64 << 10}, {2, 512 << 10}};
+    uint64_t seed = (uint64_t)pattern;
+    for (uint32_t u = 0; u < f->model->n_units; u++) {
+        uint64_t draw = ps_rng_next(&seed) % 6;
+        bool vram = pattern == 1 || (pattern == 2 && u % 2 == 0) || (pattern > 2 && draw % 2 == 0);
+        bool stream = pattern == FIRST_STREAMED || (pattern > FIRST_STREAMED && draw < 4);
+        place(f, u, stream ? PS_PLACE_STREAM : vram ? PS_PLACE_VRAM : PS_PLACE_CPU);
+    }
+    static const uint32_t none_in_vram[64] = {0};
+    f->spec.kv_vram_tok = pattern % 3 == 2 ? none_in_vram : NULL;
+    f->spec.n_slots = rings[pattern % 4][0];
+    f->spec.slot_bytes = rings[pattern % 4][1];
+}
+
+PS_TEST(every_architecture_lowers_and_checks)
+{
+    for (int i = 0; i < N_MODELS; i++)
+        for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
+            fixture f;
+            if (!open_fixture(&f, models[i], true)) continue;
+            ps_test_case("%s pattern %d", models[i], pattern);
+            apply_pattern(&f, pattern);
+            ps_plan *plan = NULL;
+            ps_err err = {0};
+            PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+            static const ps_pass_shape shapes[] = {
+                {.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 64},
+                {.tier = 1, .n_tok = 40, .n_out = 40, .max_kv = 64},
+                {.tier = 1, .n_tok = 33, .n_out = 1, .max_kv = 256},
+                {.tier = 0, .n_tok = 2, .n_out = 0, .max_kv = 64},
+                {.tier = 1,
+                    .n_tok = 40,
+                    .n_out = 1,
+                    .max_kv = 256,
+                    .staged = true,
+                    .seq = 1,
+                    .first = 70}};
+            for (size_t j = 0; plan != NULL && j < sizeof shapes / sizeof *shapes; j++) {
+                ps_ticks *ticks = NULL;
+                ps_err why = {0};
+                if (shapes[j].staged && !plan->kv_backed) continue;
+                PS_CHECK_STATUS(ps_lower(plan, &shapes[j], &ticks, &why), PS_OK);
+                if (ticks == NULL) continue;
+                ps_status status = ps_ticks_check(ticks, &why);
+                if (status != PS_OK)
+                    ps_test_fail(__FILE__, __LINE__, "shape %zu: %s", j, why.message);
+                ps_ticks_destroy(ticks);
+            }
+            ps_plan_destroy(plan);
+            close_fixture(&f);
+        }
+    ps_test_case("%s", "");
+}
+
+/* The heart of "a bad policy can never break anything": no wait is redundant, and the checker sees
+ * each one missing. */
+PS_TEST(checker_rejects_every_dropped_sync)
+{
+    uint32_t n_mutants = 0, n_by_kind[PS_TICK_FLAG_WAIT + 1] = {0};
+    for (int i = 0; i < N_MODELS; i++)
+        for (int pattern = 2; pattern < N_PATTERNS; pattern += 3) {
+            fixture f;
+            if (!open_fixture(&f, models[i], true)) continue;
+            ps_test_case("%s pattern %d", models[i], pattern);
+            apply_pattern(&f, pattern);
+            ps_plan *plan = NULL;
+            ps_ticks *t = NULL;
+            ps_err err = {0};
+            PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+            PS_CHECK_STATUS(ps_lower(plan,
+                                &(ps_pass_shape){.tier = 1,
+                                    .n_tok = 40,
+                                    .n_out = 6,
+                                    .max_kv = 192,
+                                    .staged = plan->kv_backed,
+                                    .first = plan->kv_backed ? 70 : 0},
+                                &t, &err),
+                PS_OK);
+            for (uint32_t k = 0; t != NULL && k < t->n_ticks; k++) {
+                ps_tick gone = t->tick[k];
+                if (gone.kind <= PS_TICK_RUN) continue;
+                memmove(&t->tick[k], &t->tick[k + 1], (t->n_ticks - k - 1) * sizeof *t->tick);
+                t->n_ticks--;
+                ps_err why = {0};
+                PS_CHECK_STATUS(ps_ticks_check(t, &why), PS_EPLAN);
+                memmove(&t->tick[k + 1], &t->tick[k], (t->n_ticks - k) * sizeof *t->tick);
+                t->tick[k] = gone;
+                t->n_ticks++;
+                n_mutants++;
+                n_by_kind[gone.kind]++;
+            }
+            ps_ticks_destroy(t);
+            ps_plan_destroy(plan);
+            close_fixture(&f);
+        }
+    ps_test_case("%s", "");
+    PS_CHECK(n_mutants > 500);
+    for (int k = PS_TICK_RECORD; k <= PS_TICK_FLAG_WAIT; k++) PS_CHECK(n_by_kind[k] > 20);
+}
+
+PS_TEST(rules_are_plan_errors)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
+    ps_plan *plan = NULL;
+    ps_err err = {0};
+    apply_pattern(&f, 0);
+    f.places[0].kind = PS_PLACE_VRAM; /* in one tier only */
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_EPLAN);
+    PS_CHECK(plan == NULL && strcmp(err.field, f.model->units[0].name) == 0 && err.extra[0] != 0);
+    apply_pattern(&f, 1);
+    f.spec.accelerator = false;
+    err = (ps_err){0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_EPLAN);
+    close_fixture(&f);
+}
+
+PS_TEST(budget_is_exact)
+{
+    fixture f;
+    if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
+    for (int pattern = 0; pattern < 4; pattern++) {
+        ps_plan *plan = NULL;
+        ps_err err = {0};
+        apply_pattern(&f, pattern);
+        f.spec.budget_bytes = UINT64_MAX;
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+        if (plan == NULL) break;
+        uint64_t needed = plan->needed_bytes, sum = 0;
+        for (int k = 0; k < PS_MEM_KIND_COUNT; k++) sum += plan->bytes_by_kind[k];
+        PS_CHECK(sum == needed && needed > 0);
+        ps_plan_destroy(plan);
+        f.spec.budget_bytes = needed;
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+        ps_plan_destroy(plan);
+        f.spec.budget_bytes = needed - 1;
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_EBUDGET);
+        PS_CHECK(err.needed == needed && err.budget == needed - 1);
+    }
+    close_fixture(&f);
+}
+
+PS_TEST(tick_text_names_what_moves)
+{
+    fixture f;
+    if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
+    apply_pattern(&f, 1);
+    place(&f, (uint32_t)f.model->layers[1].ffn, PS_PLACE_CPU);
+    ps_plan *plan = NULL;
+    ps_ticks *t = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    PS_CHECK_STATUS(
+        ps_lower(plan, &(ps_pass_shape){.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 64}, &t, &err),
+        PS_OK);
+    char text[16384];
+    uint64_t n = t != NULL ? ps_ticks_print(t, text, sizeof text) : 0;
+    PS_CHECK(n > 200 && n < sizeof text && strlen(text) == n);
+    PS_CHECK(strstr(text, "copy_out") != NULL && strstr(text, "flag_wait") != NULL &&
+             strstr(text, "[blk.1.ffn]") != NULL);
+    PS_CHECK(ps_ticks_print(t, NULL, 0) == n);
+    if (getenv("PIPESHARD_TEST_PRINT") != NULL) puts(text);
+    ps_ticks_destroy(t);
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
+static ps_status plan_once(void *ctx, ps_err *err)
+{
+    fixture *f = ctx;
+    ps_plan *plan = NULL;
+    ps_ticks *t = NULL;
+    ps_status status = ps_plan_create(f->model, &f->spec, &plan, err);
+    if (status == PS_OK)
+        status = ps_lower(
+            plan, &(ps_pass_shape){.tier = 1, .n_tok = 40, .n_out = 6, .max_kv = 64}, &t, err);
+    if (status == PS_OK) status = ps_ticks_check(t, err);
+    ps_ticks_destroy(t);
+    ps_plan_destroy(plan);
+    return status;
+}
+
+PS_TEST(oom_plan)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
+    apply_pattern(&f, 3);
+    ps_test_oom_sweep(plan_once, &f);
+    close_fixture(&f);
+}
+
+PS_TEST_MAIN
