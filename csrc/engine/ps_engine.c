@@ -1,0 +1,246 @@
+/* ps_engine - see ps_engine.h. */
+#include "engine/ps_engine.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+enum {
+    MAX_OUT_BYTES = 256 << 20, /* logits of one pass when all are wanted */
+};
+
+struct ps_engine {
+    const ps_model *model;           /* borrows */
+    const ps_plan *plan;             /* borrows */
+    ps_exec *exec;                   /* owns */
+    ps_kv kv;                        /* owns */
+    int32_t *ids, *pos, *seq, *rows; /* own; [pass_tok] what the next pass brings */
+    const float *logits;             /* the executor's */
+    uint32_t n_logits;
+    _Atomic bool busy;
+};
+
+ps_status ps_engine_create(ps_model *model, const ps_plan *plan, ps_device *device,
+    const ps_exec_options *options, ps_engine **out, ps_err *err)
+{
+    *out = NULL;
+    ps_engine *e = ps_alloc(1, sizeof *e);
+    if (e == NULL) return ps_fail(err, PS_ENOMEM, "no host memory for an engine");
+    e->model = model;
+    e->plan = plan;
+    uint32_t n = plan->spec.pass_tok;
+    e->ids = ps_alloc(n, sizeof *e->ids);
+    e->pos = ps_alloc(n, sizeof *e->pos);
+    e->seq = ps_alloc(n, sizeof *e->seq);
+    e->rows = ps_alloc(n, sizeof *e->rows);
+    ps_status status = PS_OK;
+    if (e->ids == NULL || e->pos == NULL || e->seq == NULL || e->rows == NULL)
+        status = ps_fail(err, PS_ENOMEM, "no host memory for passes of %u tokens", n);
+    if (status == PS_OK) status = ps_kv_init(&e->kv, plan, err);
+    if (status == PS_OK) status = ps_exec_create(model, plan, device, options, &e->exec, err);
+    if (status != PS_OK)
+        ps_engine_destroy(e);
+    else
+        *out = e;
+    return status;
+}
+
+void ps_engine_destroy(ps_engine *e)
+{
+    if (e == NULL) return;
+    ps_exec_destroy(e->exec);
+    ps_kv_fini(&e->kv);
+    ps_free(e->ids);
+    ps_free(e->pos);
+    ps_free(e->seq);
+    ps_free(e->rows);
+    ps_free(e);
+}
+
+static bool enter(ps_engine *e)
+{
+    return !atomic_exchange(&e->busy, true);
+}
+static void leave(ps_engine *e)
+{
+    atomic_store(&e->busy, false);
+}
+
+static ps_status fail_busy(ps_err *err)
+{
+    return ps_fail(err, PS_EBUSY,
+        "the engine is working for another thread; use one engine a thread, or wait");
+}
+
+static ps_status check_token(const ps_engine *e, uint32_t seq, int32_t token, ps_err *err)
+{
+    if (seq >= e->kv.n_seq)
+        return ps_fail_field(
+            err, PS_EREQUEST, "seq", "sequence %u of an engine with %u", seq, e->kv.n_seq);
+    if (token < 0 || (uint32_t)token >= e->model->hp.n_vocab)
+        return ps_fail_field(err, PS_EREQUEST, "tokens", "token %d is not in the vocabulary of %u",
+            token, e->model->hp.n_vocab);
+    return PS_OK;
+}
+
+static ps_status check_room(const ps_engine *e, uint32_t seq, uint32_t n, ps_err *err)
+{
+    if (n > e->kv.n_ctx - e->kv.length[seq])
+        return ps_fail_field(err, PS_EREQUEST, "tokens",
+            "%u tokens do not fit behind %u others in a context of %u; open the engine with a "
+            "larger n_ctx",
+            n, e->kv.length[seq], e->kv.n_ctx);
+    return PS_OK;
+}
+
+/* ids, pos, seq and rows hold the pass; pages are reserved. */
+static ps_status run_pass(
+    ps_engine *e, uint32_t n_tok, uint32_t n_out, uint32_t max_kv, bool one_sequence, ps_err *err)
+{
+    ps_batch batch = {.n_tok = n_tok,
+        .n_out = n_out,
+        .ids = e->ids,
+        .pos = e->pos,
+        .seq = e->seq,
+        .rows = e->rows,
+        .table = e->kv.table,
+        .max_kv = ps_pass_kv_bucket(e->plan, n_tok, max_kv),
+        .one_sequence = one_sequence};
+    const float *logits = NULL;
+    ps_status status = ps_exec_pass(e->exec, &batch, &logits, err);
+    e->logits = status == PS_OK && n_out > 0 ? logits : NULL;
+    e->n_logits = status == PS_OK ? n_out : 0;
+    return status;
+}
+
+static ps_status append(
+    ps_engine *e, uint32_t seq, const int32_t *tokens, uint32_t n, float *all_logits, ps_err *err)
+{
+    uint32_t before = e->kv.length[seq], done = 0, most = e->plan->spec.pass_tok;
+    uint64_t row = (uint64_t)e->model->hp.n_vocab * sizeof(float);
+    if (all_logits != NULL) most = (uint32_t)ps_min_u64(most, ps_max_u64(1, MAX_OUT_BYTES / row));
+    ps_kv_reserve(&e->kv, seq, before + n);
+    while (done < n) {
+        uint32_t n_tok = n - done < most ? n - done : most, n_out = 0, first = before + done;
+        bool last = done + n_tok == n;
+        for (uint32_t i = 0; i < n_tok; i++) {
+            e->ids[i] = tokens[done + i];
+            e->pos[i] = (int32_t)(first + i);
+            e->seq[i] = (int32_t)seq;
+            if (all_logits != NULL || (last && i + 1 == n_tok)) e->rows[n_out++] = (int32_t)i;
+        }
+        ps_status status = run_pass(e, n_tok, n_out, first + n_tok, true, err);
+        if (status != PS_OK) {
+            ps_kv_truncate(&e->kv, seq, before);
+            return status;
+        }
+        if (all_logits != NULL) {
+            memcpy(all_logits + (size_t)done * e->model->hp.n_vocab, e->logits, n_out * row);
+            e->logits += (size_t)(n_out - 1) * e->model->hp.n_vocab;
+            e->n_logits = 1;
+        }
+        done += n_tok;
+    }
+    memcpy(e->kv.tokens + (size_t)seq * e->kv.n_ctx + before, tokens, n * sizeof *tokens);
+    e->kv.length[seq] = before + n;
+    return PS_OK;
+}
+
+ps_status ps_engine_append(
+    ps_engine *e, uint32_t seq, const int32_t *tokens, uint32_t n, float *all_logits, ps_err *err)
+{
+    if (!enter(e)) return fail_busy(err);
+    ps_status status = n > 0 ? PS_OK : ps_fail_field(err, PS_EREQUEST, "tokens", "no tokens");
+    for (uint32_t i = 0; i < n && status == PS_OK; i++)
+        status = check_token(e, seq, tokens[i], err);
+    if (status == PS_OK) status = check_room(e, seq, n, err);
+    if (status == PS_OK) status = append(e, seq, tokens, n, all_logits, err);
+    leave(e);
+    return status;
+}
+
+static ps_status step(
+    ps_engine *e, const uint32_t *seqs, const int32_t *tokens, uint32_t n, ps_err *err)
+{
+    uint32_t max_kv = 0;
+    if (n == 0 || n > e->plan->spec.pass_tok)
+        return ps_fail_field(err, PS_EREQUEST, "tokens", "%u tokens in one step; expected 1 to %u",
+            n, e->plan->spec.pass_tok);
+    for (uint32_t i = 0; i < n; i++) {
+        ps_status status = check_token(e, seqs[i], tokens[i], err);
+        if (status == PS_OK) status = check_room(e, seqs[i], 1, err);
+        for (uint32_t j = 0; j < i && status == PS_OK; j++)
+            if (seqs[j] == seqs[i])
+                status = ps_fail_field(
+                    err, PS_EREQUEST, "seqs", "sequence %u is in the step twice", seqs[i]);
+        if (status != PS_OK) return status;
+    }
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t at = e->kv.length[seqs[i]];
+        ps_kv_reserve(&e->kv, seqs[i], at + 1);
+        e->ids[i] = tokens[i];
+        e->pos[i] = (int32_t)at;
+        e->seq[i] = (int32_t)seqs[i];
+        e->rows[i] = (int32_t)i;
+        if (at + 1 > max_kv) max_kv = at + 1;
+    }
+    ps_status status = run_pass(e, n, n, max_kv, false, err);
+    for (uint32_t i = 0; i < n; i++) {
+        if (status != PS_OK) {
+            ps_kv_truncate(&e->kv, seqs[i], e->kv.length[seqs[i]]);
+            continue;
+        }
+        e->kv.tokens[(size_t)seqs[i] * e->kv.n_ctx + e->kv.length[seqs[i]]] = tokens[i];
+        e->kv.length[seqs[i]]++;
+    }
+    return status;
+}
+
+ps_status ps_engine_step(
+    ps_engine *e, const uint32_t *seqs, const int32_t *tokens, uint32_t n, ps_err *err)
+{
+    if (!enter(e)) return fail_busy(err);
+    ps_status status = step(e, seqs, tokens, n, err);
+    leave(e);
+    return status;
+}
+
+const float *ps_engine_logits(const ps_engine *e)
+{
+    return e->logits;
+}
+uint32_t ps_engine_n_logits(const ps_engine *e)
+{
+    return e->n_logits;
+}
+
+uint32_t ps_engine_length(const ps_engine *e, uint32_t seq)
+{
+    return seq < e->kv.n_seq ? e->kv.length[seq] : 0;
+}
+
+uint32_t ps_engine_match(const ps_engine *e, uint32_t seq, const int32_t *tokens, uint32_t n)
+{
+    return seq < e->kv.n_seq ? ps_kv_match(&e->kv, seq, tokens, n) : 0;
+}
+
+ps_status ps_engine_truncate(ps_engine *e, uint32_t seq, uint32_t length, ps_err *err)
+{
+    if (!enter(e)) return fail_busy(err);
+    ps_status status = PS_OK;
+    if (seq >= e->kv.n_seq)
+        status = ps_fail_field(
+            err, PS_EREQUEST, "seq", "sequence %u of an engine with %u", seq, e->kv.n_seq);
+    else
+        ps_kv_truncate(&e->kv, seq, length);
+    leave(e);
+    return status;
+}
+
+void ps_engine_cancel(ps_engine *e)
+{
+    ps_exec_cancel(e->exec);
+}
+ps_exec *ps_engine_exec(ps_engine *e)
+{
+    return e->exec;
+}

@@ -1,0 +1,67 @@
+/* ps_exec - obeys ticks: owns the memory that a plan asks for, the streams and events, and runs
+ * passes. A loop over data: every cleverness is in lowering.
+ *
+ * Not here: what is in a sequence (ps_kv), which tokens come next (ps_engine).
+ * Threads: one thread drives it; ps_exec_cancel may come from any thread.
+ *
+ * A pass either completes or leaves nothing behind that a later pass could see: on any failure the
+ * abort word is set, all streams are drained and the flags cleared before the error is returned.
+ */
+#ifndef PS_EXEC_H
+#define PS_EXEC_H
+
+#include "engine/ps_ticks.h"
+
+typedef struct ps_exec ps_exec;
+
+/* Called about every 20 ms while a pass or a load runs, on the driving thread; false cancels. */
+typedef bool (*ps_poll_fn)(void *ctx);
+
+typedef struct ps_exec_options {
+    const ps_op_table *cpu_ops; /* for PS_SIDE_HOST and for emulated accelerators */
+    const ps_op_table *dev_ops; /* for PS_SIDE_DEV: cpu_ops on emu, the CUDA table on cuda */
+    bool graphs;                /* replay small passes as graphs */
+    bool check;                 /* prove every new tick list before it runs */
+    ps_progress_fn progress;    /* of loading weights; may be NULL */
+    ps_poll_fn poll;            /* may be NULL */
+    void *ctx;                  /* of both */
+} ps_exec_options;
+
+/* What a pass works on. Arrays are the caller's, copied at once. */
+typedef struct ps_batch {
+    uint32_t n_tok, n_out;
+    const int32_t *ids, *pos, *seq; /* [n_tok] */
+    const int32_t *rope_pos;        /* [4][n_tok] for M-RoPE; NULL: all equal pos */
+    const int32_t *rows;            /* [n_out], which of the tokens */
+    const int32_t *table;           /* [n_seq][max_pages] */
+    uint32_t max_kv;                /* all positions are below it */
+    bool one_sequence;              /* consecutive tokens of one sequence */
+} ps_batch;
+
+typedef struct ps_exec_stats {
+    uint64_t h2d_bytes, d2h_bytes; /* copied in passes since open */
+    uint64_t locked_bytes;         /* held now */
+    uint64_t ram_bytes;            /* host memory for images, KV and constants */
+    uint64_t disk_bytes;           /* read from files at open */
+    uint64_t n_passes, n_graph_launches;
+    uint64_t busy_ns; /* device clock, of all passes */
+} ps_exec_stats;
+
+/* Allocates, loads and uploads. model, plan and device are borrowed until destroy. */
+ps_status ps_exec_create(ps_model *model, const ps_plan *plan, ps_device *device,
+    const ps_exec_options *options, ps_exec **out, ps_err *err);
+void ps_exec_destroy(ps_exec *x); /* NULL allowed */
+
+/* Room for this many rows of logits; between passes only. */
+ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err);
+/* Runs one pass. *logits is [n_out][n_vocab], valid until the next pass. */
+ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, ps_err *err);
+
+void ps_exec_cancel(ps_exec *x);        /* any thread; the running pass ends with PS_ECANCELLED */
+bool ps_exec_is_lost(const ps_exec *x); /* a sticky device error happened */
+const ps_arena *ps_exec_arena(const ps_exec *x);
+ps_exec_stats ps_exec_get_stats(const ps_exec *x);
+/* The device's clock now, in nanoseconds: virtual on emu. No pass may be running. */
+uint64_t ps_exec_clock_ns(const ps_exec *x);
+
+#endif

@@ -1,0 +1,452 @@
+/* ps_lower - one pass of the model under a plan, as steps in program order. This is the only
+ * forward path: layer by layer, and within a layer chunk by chunk, so that a streamed weight
+ * crosses the bus once however long the prompt is.
+ *
+ * The code reads like the model. Which stream a step runs on follows from where its unit computes;
+ * what it must wait for is the emitter's business (ps_emit.c).
+ *
+ * Hidden states (PS_BUF_X) live on both sides; a bit a chunk and side says where they are current,
+ * and move() copies them where the next block needs them.
+ *
+ * Threads: pure but for what it allocates.
+ */
+#include <string.h>
+
+#include "engine/ps_lower_priv.h"
+
+/* ---- hidden states ---- */
+
+void ps_lower_move_x(lowering *l, chunk c)
+{
+    if (l->x_on[c.side][c.i]) return;
+    chunk from = c;
+    from.side = other(c.side);
+    uint64_t n_bytes = (uint64_t)c.n * l->hp->n_embd * sizeof(float);
+    ps_emit_copy(l->e, c.side == PS_SIDE_DEV, -1, chunk_x(l, c), chunk_x(l, from), n_bytes);
+    l->x_on[c.side][c.i] = 1;
+}
+
+void ps_lower_wrote_x(lowering *l, chunk c)
+{
+    l->x_on[c.side][c.i] = 1;
+    l->x_on[other(c.side)][c.i] = 0;
+}
+
+/* ---- pieces of a block ---- */
+
+void ps_lower_emit_norm(lowering *l, chunk c, uint32_t unit, ps_role role, ps_dptr x,
+    ps_dptr residual, ps_dptr out, uint32_t n_tok)
+{
+    uint32_t n = l->hp->n_embd;
+    ps_norm_args a = {.x = x,
+        .w = ps_lower_vector(l, c.side, unit, role),
+        .residual = residual,
+        .out = out,
+        .n_tok = n_tok,
+        .n = n,
+        .ldx = n,
+        .ldo = n,
+        .kind = l->hp->norm,
+        .eps = l->hp->eps};
+    if (role == PS_W_NORM) a.b = ps_lower_vector(l, c.side, unit, PS_W_NORM_B);
+    ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_NORM, &a, NULL, 0);
+}
+
+/* One matrix of a unit that is larger than the ring: half a ring of rows at a time, so that the
+ * next rows travel while these are used. */
+static void emit_matmul_by_rows(
+    lowering *l, uint32_t unit, const ps_matmul_args *whole, const linear *part, const ps_weight *w)
+{
+    uint64_t half = ps_max_u64(l->plan->spec.n_slots / 2, 1) * l->plan->spec.slot_bytes,
+             fit = half / w->row_bytes;
+    for (uint64_t row = 0; row < w->n_rows;) {
+        uint64_t n = ps_min_u64(fit, w->n_rows - row),
+                 at = ps_lower_take_slots(l, PS_RING_NOBODY, n * w->row_bytes);
+        ps_lower_copy_pieces(l, unit, at, w->offset + row * w->row_bytes, n * w->row_bytes);
+        ps_dptr bias = ps_lower_vector(
+            l, PS_SIDE_DEV, unit, part->bias); /* asked now: the rows may have taken its slot */
+        ps_matmul_args a = *whole;
+        a.n_parts = 1;
+        a.part[0] = (ps_matmul_part){.w = ps_ref(PS_SPACE_DEV_RING, at),
+            .y = ps_dptr_add(part->y, row * sizeof(float)),
+            .bias = ps_dptr_is_null(bias) ? bias : ps_dptr_add(bias, row * sizeof(float)),
+            .fmt = w->fmt,
+            .n_rows = (uint32_t)n,
+            .ldy = part->ldy};
+        ps_emit_run(l->e, PS_SIDE_DEV, (int32_t)unit, PS_OP_MATMUL, &a, NULL, 0);
+        row += n;
+    }
+}
+
+void ps_lower_emit_matmul(lowering *l, chunk c, uint32_t unit, ps_dptr x, uint32_t n_tok,
+    uint32_t n_cols, const linear *parts, uint32_t n_parts, bool add)
+{
+    ps_matmul_args a = {
+        .x = x, .n_tok = n_tok, .n_cols = n_cols, .ldx = n_cols, .n_parts = n_parts, .add = add};
+    bool by_rows =
+        c.side == PS_SIDE_DEV && ps_lower_is_streamed(l, unit) && !ps_lower_fits_ring(l, unit);
+    for (uint32_t i = 0; i < n_parts; i++) {
+        const ps_weight *w = ps_model_find(l->model, unit, parts[i].role);
+        if (by_rows)
+            emit_matmul_by_rows(l, unit, &a, &parts[i], w);
+        else
+            a.part[i] = (ps_matmul_part){.w = ps_lower_at_weight(l, c.side, unit, w),
+                .y = parts[i].y,
+                .bias = ps_lower_vector(l, c.side, unit, parts[i].bias),
+                .fmt = w->fmt,
+                .n_rows = w->n_rows,
+                .ldy = parts[i].ldy};
+    }
+    if (!by_rows) ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_MATMUL, &a, NULL, 0);
+}
+
+/* x += W in + bias, or with a norm behind the block: x += norm(W in + bias). */
+static void emit_output(
+    lowering *l, chunk c, uint32_t unit, ps_role role, ps_role bias, ps_dptr in, uint32_t n_cols)
+{
+    uint32_t n = l->hp->n_embd;
+    ps_dptr x = chunk_x(l, c), out = in_buf(l, c.side, PS_BUF_OUT, 0);
+    bool post = ps_model_find(l->model, unit, PS_W_POST_NORM) != NULL;
+    ps_lower_emit_matmul(
+        l, c, unit, in, c.n, n_cols, &(linear){role, bias, post ? out : x, n}, 1, !post);
+    if (post) ps_lower_emit_norm(l, c, unit, PS_W_POST_NORM, out, x, x, c.n);
+    ps_lower_wrote_x(l, c);
+}
+
+static uint32_t page_of(uint32_t position)
+{
+    return position / PS_KV_PAGE_TOK;
+}
+static uint32_t pages_for(uint32_t n_tok)
+{
+    return (n_tok + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK;
+}
+
+static bool is_staged(const lowering *l, uint32_t layer, ps_side side)
+{
+    return side == PS_SIDE_DEV && l->shape.staged && l->plan->kv_home[layer] == PS_KV_BACKED;
+}
+
+static ps_dptr stage_ref(const lowering *l, uint32_t layer, bool v)
+{
+    uint64_t bytes = l->plan->kv_page_bytes * l->plan->max_pages, i = layer % PS_KV_STAGES;
+    return ps_ref(PS_SPACE_DEV_KV, l->plan->kv_stage_offset + (2 * i + v) * bytes);
+}
+
+static ps_kv_view kv_view(const lowering *l, uint32_t layer, ps_side side)
+{
+    const ps_plan *p = l->plan;
+    bool staged = is_staged(l, layer, side);
+    ps_space space = side == PS_SIDE_HOST             ? PS_SPACE_HOST_KV
+                     : p->kv_home[layer] == PS_KV_DEV ? PS_SPACE_DEV_KV
+                                                      : PS_SPACE_HOST_KV_DEV;
+    return (ps_kv_view){
+        .k = staged ? stage_ref(l, layer, false) : ps_ref(space, p->kv_offset[layer]),
+        .v = staged ? stage_ref(l, layer, true) : ps_ref(space, p->kv_offset[layer] + p->kv_v_skip),
+        .table = in_batch(side, staged ? l->batch->stage_table : l->batch->table),
+        .fmt = p->spec.kv_fmt,
+        .n_kv_head = l->hp->n_kv_head,
+        .head_dim = l->hp->head_dim,
+        .page_tok = PS_KV_PAGE_TOK,
+        .max_pages = p->max_pages,
+        .n_pages = staged ? p->max_pages : p->max_pages * p->spec.n_seq,
+        .n_seq = p->spec.n_seq};
+}
+
+/* Pages [from, to) of the pass's sequence between a layer's stage and host memory, K and V. */
+static void copy_pages(lowering *l, uint32_t layer, bool in, uint32_t from, uint32_t to)
+{
+    const ps_plan *p = l->plan;
+    uint64_t n_bytes = (to - from) * p->kv_page_bytes, skip = from * p->kv_page_bytes;
+    uint64_t host =
+        p->kv_offset[layer] + (uint64_t)l->shape.seq * p->max_pages * p->kv_page_bytes + skip;
+    for (int v = 0; v < 2; v++) {
+        ps_dptr stage = ps_dptr_add(stage_ref(l, layer, v), skip);
+        ps_dptr home = ps_ref(PS_SPACE_HOST_KV, host + (v ? p->kv_v_skip : 0));
+        ps_emit_copy(
+            l->e, in, l->model->layers[layer].attn, in ? stage : home, in ? home : stage, n_bytes);
+    }
+}
+
+static void lower_attn(lowering *l, uint32_t layer, chunk c)
+{
+    const ps_hparams *hp = l->hp;
+    uint32_t unit = (uint32_t)l->model->layers[layer].attn, i_rope = l->model->layers[layer].i_rope;
+    uint32_t nq = hp->n_head * hp->head_dim, nk = hp->n_kv_head * hp->head_dim;
+    ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0), att = in_buf(l, c.side, PS_BUF_ATT, 0);
+    ps_dptr q = in_buf(l, c.side, PS_BUF_Q, 0), k = in_buf(l, c.side, PS_BUF_K, 0),
+            v = in_buf(l, c.side, PS_BUF_V, 0);
+    bool fused = ps_model_find(l->model, unit, PS_W_QKV) != NULL;
+    uint32_t ldq = fused ? nq + 2 * nk : nq, ldk = fused ? ldq : nk;
+
+    bool staged = is_staged(l, layer, c.side);
+    if (staged && c.i == 0) copy_pages(l, layer, true, 0, pages_for(l->shape.first));
+    ps_lower_move_x(l, c);
+    ps_lower_emit_norm(l, c, unit, PS_W_NORM, chunk_x(l, c), (ps_dptr){0}, norm, c.n);
+    if (fused) {
+        k = ps_dptr_add(q, (uint64_t)nq * sizeof(float));
+        v = ps_dptr_add(k, (uint64_t)nk * sizeof(float));
+        ps_lower_emit_matmul(
+            l, c, unit, norm, c.n, hp->n_embd, &(linear){PS_W_QKV, PS_W_QKV_B, q, ldq}, 1, false);
+    } else {
+        linear qkv[3] = {
+            {PS_W_Q, PS_W_Q_B, q, ldq}, {PS_W_K, PS_W_K_B, k, ldk}, {PS_W_V, PS_W_V_B, v, ldk}};
+        ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd, qkv, 3, false);
+    }
+    ps_qkv_prep_args prep = {.q = q,
+        .k = k,
+        .v = v,
+        .q_norm = ps_lower_vector(l, c.side, unit, PS_W_Q_NORM),
+        .k_norm = ps_lower_vector(l, c.side, unit, PS_W_K_NORM),
+        .freq = in_const(c.side, l->plan->rope_offset[i_rope]),
+        .pos = chunk_batch(c, l->batch->pos),
+        .seq = chunk_batch(c, l->batch->seq),
+        .kv = kv_view(l, layer, c.side),
+        .n_tok = c.n,
+        .n_head = hp->n_head,
+        .ldq = ldq,
+        .ldk = ldk,
+        .ldv = ldk,
+        .n_rot = hp->n_rot,
+        .rope = hp->rope,
+        .mag = l->plan->rope_mag[i_rope],
+        .eps = hp->eps};
+    memcpy(prep.sections, hp->rope_sections, sizeof prep.sections);
+    if (hp->rope == PS_ROPE_MROPE) /* [chunk][4][n]: each chunk has its own block */
+        prep.rope_pos =
+            in_batch(c.side, l->batch->rope_pos + (uint64_t)c.first * 4 * sizeof(int32_t));
+    ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_QKV_PREP, &prep, NULL, 0);
+    if (staged) /* saved while the attention goes on */
+        copy_pages(l, layer, false, page_of(l->shape.first + c.first),
+            pages_for(l->shape.first + c.first + c.n));
+
+    ps_attn_args attn = {.q = q,
+        .out = att,
+        .sinks = ps_lower_vector(l, c.side, unit, PS_W_SINKS),
+        .pos = prep.pos,
+        .seq = prep.seq,
+        .kv = prep.kv,
+        .n_tok = c.n,
+        .n_head = hp->n_head,
+        .ldq = ldq,
+        .ldo = nq,
+        .max_kv = l->shape.max_kv,
+        .window = l->model->layers[layer].window,
+        .scale = hp->attn_scale,
+        .softcap = hp->attn_softcap};
+    ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ATTN, &attn, NULL, 0);
+    emit_output(l, c, unit, PS_W_O, PS_W_O_B, att, nq);
+}
+
+static void lower_ffn(lowering *l, uint32_t layer, chunk c)
+{
+    const ps_hparams *hp = l->hp;
+    uint32_t unit = (uint32_t)l->model->layers[layer].ffn, f = hp->n_ff;
+    ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0), gate = in_buf(l, c.side, PS_BUF_GATE, 0),
+            up = in_buf(l, c.side, PS_BUF_UP, 0);
+    ps_act_args act = {.gate = gate,
+        .up = up,
+        .out = gate,
+        .n_tok = c.n,
+        .n = f,
+        .ldg = f,
+        .ldu = f,
+        .ldo = f,
+        .kind = hp->act};
+
+    ps_lower_move_x(l, c);
+    ps_lower_emit_norm(l, c, unit, PS_W_NORM, chunk_x(l, c), (ps_dptr){0}, norm, c.n);
+    if (hp->fused_gate_up) { /* one matrix, gate rows first; the gated result goes to the other
+                                buffer */
+        ps_lower_emit_matmul(
+            l, c, unit, norm, c.n, hp->n_embd, &(linear){PS_W_UP, PS_W_UP_B, up, 2 * f}, 1, false);
+        act.gate = up;
+        act.up = ps_dptr_add(up, (uint64_t)f * sizeof(float));
+        act.ldg = act.ldu = 2 * f;
+    } else if (hp->ffn_gated) {
+        linear parts[2] = {{PS_W_GATE, PS_W_GATE_B, gate, f}, {PS_W_UP, PS_W_UP_B, up, f}};
+        ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd, parts, 2, false);
+    } else {
+        ps_lower_emit_matmul(
+            l, c, unit, norm, c.n, hp->n_embd, &(linear){PS_W_UP, PS_W_UP_B, up, f}, 1, false);
+        act.gate = (ps_dptr){0};
+        act.ldg = 0;
+        act.out = up;
+    }
+    ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ACT, &act, NULL, 0);
+    emit_output(l, c, unit, PS_W_DOWN, PS_W_DOWN_B, act.out, f);
+}
+
+/* ---- both ends ---- */
+
+static void lower_embed(lowering *l)
+{
+    uint32_t unit = (uint32_t)l->model->embed;
+    const ps_weight *w = ps_model_find(l->model, unit, l->hp->tied ? PS_W_HEAD : PS_W_TABLE);
+    /* Single rows are read where the table lies; a streamed table is in host memory. */
+    bool resident = ps_plan_place(l->plan, l->shape.tier, unit).kind == PS_PLACE_VRAM;
+    ps_side side = resident ? PS_SIDE_DEV : PS_SIDE_HOST;
+    for (uint32_t i = 0; i < l->n_chunks; i++) {
+        chunk c = get_chunk(l, i, side);
+        ps_embed_args a = {.table = ps_lower_at_weight(l, side, unit, w),
+            .ids = chunk_batch(c, l->batch->ids),
+            .out = chunk_x(l, c),
+            .fmt = w->fmt,
+            .n_tok = c.n,
+            .n_cols = l->hp->n_embd,
+            .n_vocab = l->hp->n_vocab,
+            .scale = l->hp->embed_scale};
+        ps_emit_run(l->e, side, (int32_t)unit, PS_OP_EMBED, &a, NULL, 0);
+        ps_lower_wrote_x(l, c);
+    }
+}
+
+/* The side where the hidden states of all chunks are current, fetched there if they are spread over
+ * both. */
+static ps_side gather_side(lowering *l, ps_side wanted)
+{
+    bool all[PS_SIDE_COUNT] = {true, true};
+    for (int s = 0; s < PS_SIDE_COUNT; s++)
+        for (uint32_t i = 0; i < l->n_chunks; i++) all[s] = all[s] && l->x_on[s][i];
+    return all[wanted] || !all[other(wanted)] ? wanted : other(wanted);
+}
+
+static void lower_head(lowering *l)
+{
+    const ps_hparams *hp = l->hp;
+    uint32_t unit = (uint32_t)l->model->head;
+    ps_side side = ps_plan_side(l->plan, l->shape.tier, unit), from = gather_side(l, side);
+    for (uint32_t i = 0; i < l->n_chunks; i++) ps_lower_move_x(l, get_chunk(l, i, from));
+    chunk c = {.side = side};
+    for (uint32_t first = 0; first < l->shape.n_out; first += l->plan->spec.logit_rows) {
+        uint32_t left = l->shape.n_out - first,
+                 n = left < l->plan->spec.logit_rows ? left : l->plan->spec.logit_rows;
+        ps_dptr rows = in_buf(l, side, PS_BUF_ROWS, 0), picked = in_buf(l, from, PS_BUF_ROWS, 0);
+        ps_dptr out = ps_ref(PS_SPACE_OUT, (uint64_t)first * hp->n_vocab * sizeof(float));
+        ps_dptr logits = side == PS_SIDE_DEV ? in_buf(l, side, PS_BUF_LOGITS, 0) : out;
+        ps_gather_rows_args gather = {.x = in_buf(l, from, PS_BUF_X, 0),
+            .rows = in_batch(from, l->batch->rows + first * sizeof(int32_t)),
+            .out = picked,
+            .n_rows = n,
+            .n = hp->n_embd,
+            .n_x = l->shape.n_tok};
+        ps_emit_run(l->e, from, (int32_t)unit, PS_OP_GATHER_ROWS, &gather, NULL, 0);
+        if (from != side)
+            ps_emit_copy(l->e, side == PS_SIDE_DEV, (int32_t)unit, rows, picked,
+                (uint64_t)n * hp->n_embd * sizeof(float));
+        ps_lower_emit_norm(l, c, unit, PS_W_NORM, rows, (ps_dptr){0}, rows, n);
+        ps_lower_emit_matmul(l, c, unit, rows, n, hp->n_embd,
+            &(linear){PS_W_HEAD, PS_W_COUNT, logits, hp->n_vocab}, 1, false);
+        if (hp->logit_softcap > 0.0f) {
+            ps_softcap_args cap = {
+                .x = logits, .n = (uint64_t)n * hp->n_vocab, .cap = hp->logit_softcap};
+            ps_emit_run(l->e, side, (int32_t)unit, PS_OP_SOFTCAP, &cap, NULL, 0);
+        }
+        if (side == PS_SIDE_DEV)
+            ps_emit_copy(
+                l->e, false, (int32_t)unit, out, logits, (uint64_t)n * hp->n_vocab * sizeof(float));
+    }
+}
+
+typedef void (*block_fn)(lowering *l, uint32_t layer, chunk c);
+
+static void lower_block(lowering *l, uint32_t layer, uint32_t unit, block_fn fn)
+{
+    ps_side side = ps_plan_side(l->plan, l->shape.tier, unit);
+    for (uint32_t i = 0; i < l->n_chunks; i++) fn(l, layer, get_chunk(l, i, side));
+}
+
+static void lower_pass(lowering *l)
+{
+    const ps_model *m = l->model;
+    if (l->plan->uses[PS_SIDE_DEV])
+        ps_emit_copy(
+            l->e, true, -1, in_batch(PS_SIDE_DEV, 0), in_batch(PS_SIDE_HOST, 0), l->batch->n_bytes);
+    lower_embed(l);
+    for (uint32_t layer = 0; layer < l->hp->n_layer; layer++) {
+        lower_block(l, layer, (uint32_t)m->layers[layer].attn, lower_attn);
+        if (m->layers[layer].ffn >= 0)
+            lower_block(l, layer, (uint32_t)m->layers[layer].ffn, lower_ffn);
+        else
+            ps_lower_moe(l, layer);
+    }
+    if (l->shape.n_out > 0) lower_head(l);
+}
+
+/* ---- entry points ---- */
+
+void ps_batch_lay_out(const ps_plan *plan, const ps_pass_shape *shape, ps_batch_layout *b)
+{
+    uint64_t at = 0, tok = (uint64_t)shape->n_tok * sizeof(int32_t);
+    uint64_t table = (uint64_t)plan->spec.n_seq * plan->max_pages * sizeof(int32_t);
+    bool mrope = plan->model->hp.rope == PS_ROPE_MROPE;
+    struct {
+        uint64_t *offset, n_bytes;
+    } parts[] = {{&b->ids, tok}, {&b->pos, tok}, {&b->seq, tok},
+        {&b->rope_pos, mrope ? 4 * tok : 0}, {&b->rows, (uint64_t)shape->n_out * sizeof(int32_t)},
+        {&b->table, table}, {&b->stage_table, shape->staged ? table : 0}};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        *parts[i].offset = at;
+        at = (at + parts[i].n_bytes + 63) / 64 * 64;
+    }
+    b->n_bytes = at;
+}
+
+static ps_status lower(const ps_plan *plan, const ps_pass_shape *shape, ps_emitter *e, ps_err *err)
+{
+    ps_ticks *t = ps_emitter_ticks(e);
+    ps_batch_lay_out(plan, shape, &t->batch);
+    lowering l = {.plan = plan,
+        .model = plan->model,
+        .hp = &plan->model->hp,
+        .e = e,
+        .shape = *shape,
+        .batch = &t->batch,
+        .n_chunks = (shape->n_tok + plan->spec.chunk_tok - 1) / plan->spec.chunk_tok};
+    uint32_t n_units = plan->model->n_units, n_slots = plan->spec.n_slots;
+    uint8_t *bits = ps_alloc(l.n_chunks, 2);
+    l.ring_at = ps_alloc(n_units, sizeof *l.ring_at);
+    l.slot_owner = ps_alloc((uint64_t)n_slots + 1, sizeof *l.slot_owner);
+    l.groups = ps_alloc((uint64_t)plan->model->hp.n_expert + 1, sizeof *l.groups);
+    bool ok = bits != NULL && l.ring_at != NULL && l.slot_owner != NULL && l.groups != NULL;
+    if (ok) {
+        l.x_on[0] = bits;
+        l.x_on[1] = bits + l.n_chunks;
+        for (uint32_t i = 0; i < n_units; i++) l.ring_at[i] = UINT64_MAX;
+        for (uint32_t i = 0; i < n_slots; i++) l.slot_owner[i] = PS_RING_NOBODY;
+        lower_pass(&l);
+    }
+    ps_free(bits);
+    ps_free(l.ring_at);
+    ps_free(l.slot_owner);
+    ps_free(l.groups);
+    return ok ? PS_OK : ps_fail(err, PS_ENOMEM, "no host memory to lower a pass");
+}
+
+ps_status ps_lower(const ps_plan *plan, const ps_pass_shape *shape, ps_ticks **out, ps_err *err)
+{
+    *out = NULL;
+    ps_check_bug(
+        shape->n_tok > 0 && shape->n_tok <= plan->spec.pass_tok && shape->n_out <= shape->n_tok,
+        err);
+    ps_emitter *e = NULL;
+    ps_status status = ps_emitter_create(plan, shape, false, &e, err);
+    if (status == PS_OK) status = lower(plan, shape, e, err);
+    if (status == PS_OK) status = ps_emitter_finish(e, out, err);
+    ps_emitter_destroy(e);
+    return status;
+}
+
+ps_status ps_lower_measure(const ps_plan *plan, const ps_pass_shape *shape, uint64_t *ws_bytes,
+    uint32_t *n_table, ps_err *err)
+{
+    ps_emitter *e = NULL;
+    ps_status status = ps_emitter_create(plan, shape, true, &e, err);
+    if (status == PS_OK) status = lower(plan, shape, e, err);
+    if (status == PS_OK) {
+        *ws_bytes = ps_emitter_ticks(e)->max_ws_bytes;
+        *n_table = ps_emitter_ticks(e)->n_table;
+    }
+    ps_emitter_destroy(e);
+    return status;
+}

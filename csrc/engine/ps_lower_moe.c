@@ -1,0 +1,231 @@
+/* ps_lower_moe - layers with experts: routing, groups of streamed experts, both sides at once. See
+ * ps_lower_priv.h. */
+#include "engine/ps_lower_priv.h"
+
+/* ---- experts ----
+ * Those that stream come in groups that fit the ring. Each group has pointer tables of its own, in
+ * which experts that are elsewhere are null; resident ones ride with the first group. `owned` tells
+ * MOE_COMBINE which rows were made here. */
+
+typedef struct expert_plan {
+    expert_group *group; /* lowering->groups */
+    uint32_t n_groups;
+    uint32_t owned;          /* tables of expert addresses that MOE_COMBINE looks at */
+    bool any[PS_SIDE_COUNT]; /* does any expert of the layer compute there */
+} expert_plan;
+
+static uint64_t ring_share(const lowering *l, uint32_t unit) /* what an expert takes in a group */
+{
+    return ps_div_up_u64(l->model->units[unit].n_bytes, PS_WEIGHT_ALIGN) * PS_WEIGHT_ALIGN;
+}
+
+static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
+{
+    uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
+    uint64_t ring = ps_lower_ring_bytes(l), total = 0, most = ring;
+    for (uint32_t i = 0; i < ne; i++)
+        if (ps_lower_is_streamed(l, first + i)) total += ring_share(l, first + i);
+    /* More than the ring holds: half of it a group, so that one travels while the other is used. */
+    if (total > ring) most = ps_max_u64(l->plan->spec.n_slots / 2, 1) * l->plan->spec.slot_bytes;
+    p->n_groups = 1;
+    p->group[0] = (expert_group){0};
+    for (uint32_t i = 0; i < ne; i++) {
+        if (!ps_lower_is_streamed(l, first + i)) continue;
+        expert_group *g = &p->group[p->n_groups - 1];
+        if (g->n_bytes > 0 && g->n_bytes + ring_share(l, first + i) > most) {
+            g = &p->group[p->n_groups++];
+            *g = (expert_group){0};
+        }
+        if (g->n_bytes == 0) g->first = i;
+        g->n = i + 1 - g->first;
+        g->n_bytes += ring_share(l, first + i);
+    }
+}
+
+static void set_expert(lowering *l, ps_side side, const expert_group *g, uint32_t i, uint32_t unit)
+{
+    ps_emit_table_set(l->e, side, g->gate + i,
+        ps_lower_at_weight(l, side, unit, ps_model_find(l->model, unit, PS_W_GATE)));
+    ps_emit_table_set(l->e, side, g->up + i,
+        ps_lower_at_weight(l, side, unit, ps_model_find(l->model, unit, PS_W_UP)));
+    ps_emit_table_set(l->e, side, g->down + i,
+        ps_lower_at_weight(l, side, unit, ps_model_find(l->model, unit, PS_W_DOWN)));
+}
+
+static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
+{
+    uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
+    *p = (expert_plan){.group = l->groups};
+    cut_groups(l, layer, p);
+    for (uint32_t g = 0; g < p->n_groups; g++) {
+        p->group[g].gate = ps_emit_table(l->e, ne);
+        p->group[g].up = ps_emit_table(l->e, ne);
+        p->group[g].down = ps_emit_table(l->e, ne);
+    }
+    p->owned = p->n_groups == 1 ? p->group[0].down : ps_emit_table(l->e, ne);
+    for (uint32_t i = 0; i < ne; i++) {
+        ps_side side = ps_plan_side(l->plan, l->shape.tier, first + i);
+        p->any[side] = true;
+        if (!ps_lower_is_streamed(l, first + i)) set_expert(l, side, &p->group[0], i, first + i);
+        /* Any address will do for "made here"; that of the table itself is never null. */
+        if (p->n_groups > 1)
+            ps_emit_table_set(
+                l->e, side, p->owned + i, ps_ref(PS_SPACE_HOST_CONST, l->plan->tables_offset));
+    }
+}
+
+/* Sees to it that a group lies in the ring and its tables say where. One that comes again (other
+ * groups took its slots) goes where it was, because its tables are already written. */
+static void stream_group(lowering *l, uint32_t layer, const expert_group *g)
+{
+    uint32_t first = (uint32_t)l->model->layers[layer].first_expert, owner = first + g->first;
+    if (g->n_bytes == 0) return;
+    bool again = l->ring_at[owner] != UINT64_MAX;
+    uint64_t at = l->ring_at[owner], slot = l->plan->spec.slot_bytes;
+    if (again && ps_lower_is_live(l, (int32_t)owner, at, g->n_bytes)) return;
+    if (again) l->next_slot = (uint32_t)(at / slot);
+    at = ps_lower_take_slots(l, (int32_t)owner, g->n_bytes);
+    for (uint32_t i = g->first; i < g->first + g->n; i++) {
+        if (!ps_lower_is_streamed(l, first + i)) continue;
+        l->ring_at[first + i] = at;
+        ps_lower_copy_pieces(l, first + i, at, 0, l->model->units[first + i].n_bytes);
+        if (!again) set_expert(l, PS_SIDE_DEV, g, i, first + i);
+        at += ring_share(l, first + i);
+    }
+}
+
+typedef struct route_refs {
+    ps_dptr ids, weights, order, starts;
+    uint64_t n_bytes; /* of all, one after another */
+} route_refs;
+
+static route_refs routes(const lowering *l, ps_side side, uint32_t n_tok)
+{
+    uint64_t part = (uint64_t)n_tok * l->hp->n_expert_used * sizeof(int32_t);
+    ps_dptr base = in_buf(l, side, PS_BUF_ROUTE, 0);
+    return (route_refs){base, ps_dptr_add(base, part), ps_dptr_add(base, 2 * part),
+        ps_dptr_add(base, 3 * part), 3 * part + (l->hp->n_expert + 1) * sizeof(int32_t)};
+}
+
+/* The routed experts of a group that compute on c.side: y rows of their assignments. */
+static void emit_experts(lowering *l, uint32_t layer, chunk c, const expert_group *g, ps_dptr y)
+{
+    const ps_hparams *hp = l->hp;
+    uint32_t router = (uint32_t)l->model->layers[layer].router,
+             expert = (uint32_t)l->model->layers[layer].first_expert;
+    route_refs r = routes(l, c.side, c.n);
+    ps_dptr h = in_buf(l, c.side, PS_BUF_H, 0);
+    uint64_t tables = l->plan->tables_offset;
+    ps_range ring = {.access = PS_READ}; /* what the tables point to, for the emitter */
+    uint32_t n_extra = 0;
+    if (c.side == PS_SIDE_DEV && g->n_bytes > 0) {
+        ring.ref = ps_ref(PS_SPACE_DEV_RING, l->ring_at[expert + g->first]);
+        ring.n_bytes = g->n_bytes;
+        n_extra = 1;
+    }
+    ps_moe_up_args up = {.x = in_buf(l, c.side, PS_BUF_NORM, 0),
+        .out = h,
+        .ids = r.ids,
+        .order = r.order,
+        .starts = r.starts,
+        .gate_ptrs = in_const(c.side, tables + g->gate * sizeof(ps_dptr)),
+        .up_ptrs = in_const(c.side, tables + g->up * sizeof(ps_dptr)),
+        .gate_bias = ps_lower_vector(l, c.side, router, PS_W_GATE_B),
+        .up_bias = ps_lower_vector(l, c.side, router, PS_W_UP_B),
+        .n_tok = c.n,
+        .k = hp->n_expert_used,
+        .n_expert = hp->n_expert,
+        .n_cols = hp->n_embd,
+        .n_ff = hp->n_ff_expert,
+        .ldx = hp->n_embd,
+        .fmt_gate = ps_model_find(l->model, expert, PS_W_GATE)->fmt,
+        .fmt_up = ps_model_find(l->model, expert, PS_W_UP)->fmt,
+        .act = hp->act};
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_UP, &up, &ring, n_extra);
+    ps_moe_down_args down = {.h = h,
+        .y = y,
+        .ids = r.ids,
+        .order = r.order,
+        .starts = r.starts,
+        .down_ptrs = in_const(c.side, tables + g->down * sizeof(ps_dptr)),
+        .bias = ps_lower_vector(l, c.side, router, PS_W_DOWN_B),
+        .n_tok = c.n,
+        .k = hp->n_expert_used,
+        .n_expert = hp->n_expert,
+        .n_ff = hp->n_ff_expert,
+        .n_rows = hp->n_embd,
+        .fmt = ps_model_find(l->model, expert, PS_W_DOWN)->fmt};
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_DOWN, &down, &ring, n_extra);
+}
+
+/* All groups on one side. */
+static void emit_groups(lowering *l, uint32_t layer, chunk c, expert_plan *p, ps_dptr y)
+{
+    uint32_t n = c.side == PS_SIDE_DEV ? p->n_groups : 1;
+    for (uint32_t g = 0; g < n; g++) {
+        if (c.side == PS_SIDE_DEV) stream_group(l, layer, &p->group[g]);
+        emit_experts(l, layer, c, &p->group[g], y);
+    }
+}
+
+static void lower_experts(lowering *l, uint32_t layer, chunk c, expert_plan *p)
+{
+    const ps_hparams *hp = l->hp;
+    uint32_t router = (uint32_t)l->model->layers[layer].router;
+    ps_side far = other(c.side);
+    ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0), logits = in_buf(l, c.side, PS_BUF_ROUTER, 0);
+    route_refs r = routes(l, c.side, c.n);
+    uint64_t x_bytes = (uint64_t)c.n * hp->n_embd * sizeof(float),
+             y_bytes = x_bytes * hp->n_expert_used;
+
+    ps_lower_move_x(l, c);
+    ps_lower_emit_norm(l, c, router, PS_W_NORM, chunk_x(l, c), (ps_dptr){0}, norm, c.n);
+    ps_lower_emit_matmul(l, c, router, norm, c.n, hp->n_embd,
+        &(linear){PS_W_ROUTER, PS_W_ROUTER_B, logits, hp->n_expert}, 1, false);
+    ps_route_args route = {.logits = logits,
+        .ids = r.ids,
+        .weights = r.weights,
+        .order = r.order,
+        .starts = r.starts,
+        .n_tok = c.n,
+        .n_expert = hp->n_expert,
+        .k = hp->n_expert_used,
+        .renorm = hp->renorm_experts};
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_ROUTE, &route, NULL, 0);
+
+    ps_dptr y = in_buf(l, c.side, PS_BUF_Y, 0), y_other = {0};
+    if (p->any[far]) { /* the far side starts first, so that both work at once */
+        chunk fc = c;
+        fc.side = far;
+        bool in = far == PS_SIDE_DEV;
+        y_other = in_buf(l, c.side, PS_BUF_Y_OTHER, 0);
+        ps_emit_copy(l->e, in, (int32_t)router, in_buf(l, far, PS_BUF_NORM, 0), norm, x_bytes);
+        ps_emit_copy(l->e, in, (int32_t)router, routes(l, far, c.n).ids, r.ids, r.n_bytes);
+        emit_groups(l, layer, fc, p, in_buf(l, far, PS_BUF_Y, 0));
+    }
+    if (p->any[c.side]) emit_groups(l, layer, c, p, y);
+    if (p->any[far])
+        ps_emit_copy(l->e, far == PS_SIDE_HOST, (int32_t)router, y_other,
+            in_buf(l, far, PS_BUF_Y, 0), y_bytes);
+    ps_moe_combine_args combine = {.y = p->any[c.side] ? y : y_other,
+        .y_other = y_other,
+        .down_ptrs = in_const(c.side, l->plan->tables_offset + p->owned * sizeof(ps_dptr)),
+        .ids = r.ids,
+        .weights = r.weights,
+        .residual = chunk_x(l, c),
+        .out = chunk_x(l, c),
+        .n_tok = c.n,
+        .k = hp->n_expert_used,
+        .n_expert = hp->n_expert,
+        .n = hp->n_embd};
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_COMBINE, &combine, NULL, 0);
+    ps_lower_wrote_x(l, c);
+}
+
+void ps_lower_moe(lowering *l, uint32_t layer)
+{
+    ps_side side = ps_plan_side(l->plan, l->shape.tier, (uint32_t)l->model->layers[layer].router);
+    expert_plan p;
+    plan_experts(l, layer, &p);
+    for (uint32_t i = 0; i < l->n_chunks; i++) lower_experts(l, layer, get_chunk(l, i, side), &p);
+}

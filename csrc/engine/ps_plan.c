@@ -1,0 +1,467 @@
+/* ps_plan - see ps_plan.h. Creation goes: copy the spec, check the rules, find each unit's homes,
+ * size the buffers (asking lowering how much workspace its ops want), lay everything out, compare
+ * with the budget. */
+#include "engine/ps_plan.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "engine/ps_ticks.h"
+
+#define TRY(call)                                                                                  \
+    do {                                                                                           \
+        ps_status try_status = (call);                                                             \
+        if (try_status != PS_OK) return try_status;                                                \
+    } while (0)
+
+const char *ps_space_name(ps_space space)
+{
+    static const char *const names[PS_SPACE_COUNT] = {"none", "weights", "ring", "kv", "act",
+        "batch", "const", "host.weights", "host.kv", "host.kv@dev", "host.act", "host.batch",
+        "host.const", "out"};
+    return (unsigned)space < PS_SPACE_COUNT ? names[space] : "unknown";
+}
+
+uint32_t ps_plan_tier(const ps_plan *plan, uint32_t n_tok)
+{
+    uint32_t i = 0;
+    while (i + 1 < plan->spec.n_tiers && n_tok > plan->tiers[i].max_tok) i++;
+    return i;
+}
+
+ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit)
+{
+    return ps_plan_place(plan, tier, unit).kind == PS_PLACE_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
+}
+
+/* ---- rules ---- */
+
+static ps_status fail_unit(
+    const ps_plan *p, uint32_t tier, uint32_t unit, ps_err *err, const char *what)
+{
+    if (err == NULL || err->status != PS_OK) return PS_EPLAN;
+    ps_fail_field(err, PS_EPLAN, p->model->units[unit].name, "unit %s, tier %s: %s",
+        p->model->units[unit].name, p->tiers[tier].name, what);
+    snprintf(err->extra, sizeof err->extra, "%s", p->tiers[tier].name);
+    return PS_EPLAN;
+}
+
+static ps_status check_numbers(const ps_plan *p, ps_err *err)
+{
+    const ps_plan_spec *s = &p->spec;
+    const ps_hparams *hp = &p->model->hp;
+    if (s->n_ctx == 0 || s->n_ctx > 1u << 27)
+        return ps_fail_field(
+            err, PS_EREQUEST, "n_ctx", "n_ctx is %u; expected 1 to %u", s->n_ctx, 1u << 27);
+    if (s->n_seq == 0 || s->n_seq > 4096)
+        return ps_fail_field(
+            err, PS_EREQUEST, "n_seq", "n_seq is %u; expected 1 to 4096", s->n_seq);
+    if (s->kv_fmt != PS_FMT_F16 && s->kv_fmt != PS_FMT_Q8_0)
+        return ps_fail_field(err, PS_EREQUEST, "kv", "the KV cache can be f16 or q8_0");
+    if (s->kv_fmt == PS_FMT_Q8_0 && hp->head_dim % 32 != 0)
+        return ps_fail_field(err, PS_EREQUEST, "kv",
+            "a q8_0 KV cache needs heads of a multiple of 32; this model's have %u", hp->head_dim);
+    if (s->n_tiers == 0 || s->n_tiers > PS_MAX_TIERS)
+        return ps_fail(err, PS_EPLAN, "a plan has 1 to %d tiers, not %u", PS_MAX_TIERS, s->n_tiers);
+    for (uint32_t t = 0; t < s->n_tiers; t++)
+        if ((t > 0 && p->tiers[t].max_tok <= p->tiers[t - 1].max_tok) ||
+            (t + 1 == s->n_tiers && p->tiers[t].max_tok != UINT32_MAX))
+            return ps_fail(
+                err, PS_EPLAN, "tiers must ascend by max_tok and the last must be unbounded");
+    if (s->slot_bytes % PS_ARENA_ALIGN != 0 || s->n_slots > 1u << 20 || s->slot_bytes > 1ull << 40)
+        return ps_fail(err, PS_EPLAN,
+            "%u slots of %llu bytes: slots must be a multiple of %d bytes", s->n_slots,
+            (unsigned long long)s->slot_bytes, PS_ARENA_ALIGN);
+    if (s->chunk_tok == 0 || s->pass_tok < s->chunk_tok || s->logit_rows == 0 ||
+        s->pass_tok > 1u << 27)
+        return ps_fail(err, PS_EPLAN,
+            "chunk_tok %u, pass_tok %u, logit_rows %u: each must be at least 1, and pass_tok at "
+            "least chunk_tok",
+            s->chunk_tok, s->pass_tok, s->logit_rows);
+    return PS_OK;
+}
+
+/* The ring must hold an expert whole, the vectors of any unit, and a row of any matrix in half of
+ * it. */
+static ps_status check_streamed(const ps_plan *p, uint32_t tier, uint32_t unit, ps_err *err)
+{
+    const ps_unit *u = &p->model->units[unit];
+    uint64_t ring = p->spec.n_slots * p->spec.slot_bytes,
+             half = ps_max_u64(p->spec.n_slots / 2, 1) * p->spec.slot_bytes;
+    if (ring == 0)
+        return fail_unit(
+            p, tier, unit, err, "a streamed unit needs a ring; give n_slots and slot_bytes");
+    if (u->n_bytes <= ring && u->kind != PS_UNIT_EXPERT) return PS_OK;
+    if (u->kind == PS_UNIT_EXPERT && u->n_bytes > half)
+        return fail_unit(p, tier, unit, err,
+            "half the ring is smaller than one expert; give more or larger slots");
+    for (uint32_t i = 0; i < u->n_weights; i++) {
+        const ps_weight *w = &p->model->weights[u->first_weight + i];
+        if (w->row_bytes > half)
+            return fail_unit(p, tier, unit, err,
+                "half the ring is smaller than one row; give more or larger slots");
+        if (u->n_bytes > ring && i > 0 && w->n_rows == 1 && w[-1].n_rows > 1)
+            return fail_unit(
+                p, tier, unit, err, "the unit is larger than the ring; give more or larger slots");
+    }
+    return PS_OK;
+}
+
+static ps_status check_places(const ps_plan *p, ps_err *err)
+{
+    const ps_model *m = p->model;
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
+        for (uint32_t u = 0; u < m->n_units; u++) {
+            ps_place place = ps_plan_place(p, t, u), first = ps_plan_place(p, 0, u);
+            if (place.kind > PS_PLACE_SPLIT) return fail_unit(p, t, u, err, "no such place");
+            if (place.kind == PS_PLACE_SPLIT)
+                return fail_unit(p, t, u, err,
+                    "splitting a unit is not part of this version; use vram, stream or cpu");
+            if (place.kind != PS_PLACE_CPU && !p->spec.accelerator)
+                return fail_unit(
+                    p, t, u, err, "this device has no memory of its own; every unit must be cpu");
+            if (place.kind == PS_PLACE_STREAM) TRY(check_streamed(p, t, u, err));
+            if ((place.kind == PS_PLACE_VRAM) != (first.kind == PS_PLACE_VRAM))
+                return fail_unit(
+                    p, t, u, err, "a unit's share of VRAM must be the same in all tiers");
+        }
+    return PS_OK;
+}
+
+/* ---- sizes ---- */
+
+static bool has_role(const ps_model *m, uint32_t unit, ps_role role)
+{
+    return ps_model_find(m, unit, role) != NULL;
+}
+
+static ps_status find_kv_homes(ps_plan *p, ps_err *err)
+{
+    for (uint32_t i = 0; i < p->model->hp.n_layer; i++) {
+        uint32_t unit = (uint32_t)p->model->layers[i].attn, n_on[PS_SIDE_COUNT] = {0};
+        for (uint32_t t = 0; t < p->spec.n_tiers; t++) n_on[ps_plan_side(p, t, unit)]++;
+        uint32_t vram_tok = p->has_kv_vram_tok ? p->kv_vram_tok[i] : p->spec.n_ctx;
+        if (vram_tok != 0 && vram_tok < p->spec.n_ctx)
+            return fail_unit(
+                p, 0, unit, err, "kv_vram_tok must be 0 or at least n_ctx in this version");
+        if (n_on[PS_SIDE_DEV] == 0)
+            p->kv_home[i] = PS_KV_HOST;
+        else if (n_on[PS_SIDE_HOST] == 0 && vram_tok > 0)
+            p->kv_home[i] = PS_KV_DEV;
+        else
+            p->kv_home[i] = PS_KV_BACKED;
+        p->kv_backed = p->kv_backed || p->kv_home[i] == PS_KV_BACKED;
+    }
+    return PS_OK;
+}
+
+static void find_homes(ps_plan *p)
+{
+    const ps_model *m = p->model;
+    for (uint32_t u = 0; u < m->n_units; u++) {
+        p->homes[u].dev_offset = UINT64_MAX;
+        for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
+            ps_side side = ps_plan_side(p, t, u);
+            p->uses[side] = true;
+            if (ps_plan_place(p, t, u).kind == PS_PLACE_VRAM)
+                p->homes[u].dev_offset = 0; /* laid out below */
+            else
+                p->homes[u].host = true;
+        }
+    }
+    /* Biases of experts belong to the router but are needed wherever an expert computes; on the GPU
+     * they are resident, so that bringing them in can never push a group of experts out of the
+     * ring. */
+    for (uint32_t i = 0; i < m->hp.n_layer; i++) {
+        int32_t r = m->layers[i].router;
+        if (r < 0 || !has_role(m, (uint32_t)r, PS_W_GATE_B)) continue;
+        for (uint32_t e = 0; e < m->hp.n_expert; e++)
+            for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
+                if (ps_plan_side(p, t, (uint32_t)m->layers[i].first_expert + e) == PS_SIDE_HOST)
+                    p->homes[r].host = true;
+                else
+                    p->homes[r].dev_offset = 0;
+            }
+    }
+}
+
+static uint64_t align_up(uint64_t n)
+{
+    return (n + PS_ARENA_ALIGN - 1) / PS_ARENA_ALIGN * PS_ARENA_ALIGN;
+}
+
+/* Whether some expert computes on another side than its router in some tier. */
+static bool has_far_experts(const ps_plan *p)
+{
+    const ps_model *m = p->model;
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
+        for (uint32_t u = 0; u < m->n_units; u++) {
+            const ps_unit *x = &m->units[u];
+            if (x->kind == PS_UNIT_EXPERT &&
+                ps_plan_side(p, t, u) != ps_plan_side(p, t, (uint32_t)m->layers[x->layer].router))
+                return true;
+        }
+    return false;
+}
+
+/* What the host side needs: nothing where it never computes, hidden states where it only looks
+ * tokens up, all else. */
+static uint64_t host_act_bytes(const ps_plan *p, uint64_t all)
+{
+    bool embeds = false;
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
+        for (uint32_t u = 0; u < p->model->n_units; u++) {
+            bool embed = (int32_t)u == p->model->embed;
+            if (ps_plan_side(p, t, u) == PS_SIDE_HOST && !(embed && u != (uint32_t)p->model->head))
+                return all;
+            embeds = embeds || (embed && ps_plan_place(p, t, u).kind != PS_PLACE_VRAM);
+        }
+    return embeds ? p->buf_offset[PS_BUF_X] + p->buf_bytes[PS_BUF_X] : 0;
+}
+
+static void size_buffers(ps_plan *p)
+{
+    const ps_hparams *hp = &p->model->hp;
+    const ps_plan_spec *s = &p->spec;
+    uint64_t c = s->chunk_tok, f = sizeof(float), nq = (uint64_t)hp->n_head * hp->head_dim,
+             nk = (uint64_t)hp->n_kv_head * hp->head_dim;
+    uint64_t assigned = c * hp->n_expert_used;
+    bool fused = false, split_qkv = false, post = false, dense = false, experts = false;
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        const ps_layer *y = &p->model->layers[i];
+        bool is_fused = has_role(p->model, (uint32_t)y->attn, PS_W_QKV);
+        fused = fused || is_fused;
+        split_qkv = split_qkv || !is_fused;
+        post = post || has_role(p->model, (uint32_t)y->attn, PS_W_POST_NORM) ||
+               (y->ffn >= 0 && has_role(p->model, (uint32_t)y->ffn, PS_W_POST_NORM));
+        dense = dense || y->ffn >= 0;
+        experts = experts || y->router >= 0;
+    }
+    uint64_t *b = p->buf_bytes;
+    b[PS_BUF_X] = (uint64_t)s->pass_tok * hp->n_embd * f;
+    b[PS_BUF_NORM] = c * hp->n_embd * f;
+    b[PS_BUF_OUT] = post ? c * hp->n_embd * f : 0;
+    b[PS_BUF_Q] = c * (fused ? nq + 2 * nk : nq) * f;
+    b[PS_BUF_K] = b[PS_BUF_V] = split_qkv ? c * nk * f : 0;
+    b[PS_BUF_ATT] = c * nq * f;
+    b[PS_BUF_GATE] = dense && hp->ffn_gated ? c * hp->n_ff * f : 0;
+    b[PS_BUF_UP] = dense ? c * hp->n_ff * (hp->fused_gate_up ? 2 : 1) * f : 0;
+    b[PS_BUF_ROUTER] = experts ? c * hp->n_expert * f : 0;
+    b[PS_BUF_ROUTE] = experts ? (3 * assigned + hp->n_expert + 1) * sizeof(int32_t) : 0;
+    b[PS_BUF_H] = experts ? assigned * hp->n_ff_expert * f : 0;
+    b[PS_BUF_Y] = experts ? assigned * hp->n_embd * f : 0;
+    b[PS_BUF_Y_OTHER] = experts && has_far_experts(p) ? b[PS_BUF_Y] : 0;
+    b[PS_BUF_ROWS] = (uint64_t)s->logit_rows * hp->n_embd * f;
+    b[PS_BUF_LOGITS] = (uint64_t)s->logit_rows * hp->n_vocab * f;
+}
+
+/* Attention, feed-forward and head never hold values at the same time, so their buffers share one
+ * region. */
+static uint64_t lay_out_buffers(ps_plan *p)
+{
+    static const ps_buf always[] = {PS_BUF_X, PS_BUF_NORM, PS_BUF_OUT, PS_BUF_WS};
+    static const ps_buf phases[][6] = {
+        {PS_BUF_Q, PS_BUF_K, PS_BUF_V, PS_BUF_ATT, PS_BUF_COUNT},
+        {PS_BUF_GATE, PS_BUF_UP, PS_BUF_COUNT},
+        {PS_BUF_ROUTER, PS_BUF_ROUTE, PS_BUF_H, PS_BUF_Y, PS_BUF_Y_OTHER, PS_BUF_COUNT},
+        {PS_BUF_ROWS, PS_BUF_LOGITS, PS_BUF_COUNT},
+    };
+    uint64_t at = 0, end = 0;
+    for (size_t i = 0; i < sizeof always / sizeof *always; i++) {
+        p->buf_offset[always[i]] = at;
+        at += align_up(p->buf_bytes[always[i]]);
+    }
+    end = at;
+    for (size_t i = 0; i < sizeof phases / sizeof *phases; i++) {
+        uint64_t next = at;
+        for (int j = 0; j < 6 && phases[i][j] != PS_BUF_COUNT; j++) {
+            p->buf_offset[phases[i][j]] = next;
+            next += align_up(p->buf_bytes[phases[i][j]]);
+        }
+        end = ps_max_u64(end, next);
+    }
+    return end;
+}
+
+/* The most that any pass wants: workspaces grow with tokens but change algorithm at small counts,
+ * so ask at every power of two and at the chunk itself. */
+static ps_status measure(ps_plan *p, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
+{
+    uint32_t n_tok = 1;
+    *ws_bytes = 0;
+    *n_table = 0;
+    for (;;) {
+        uint64_t ws = 0;
+        uint32_t table = 0;
+        ps_pass_shape shape = {.tier = ps_plan_tier(p, n_tok),
+            .n_tok = n_tok,
+            .n_out = n_tok,
+            .max_kv = p->max_pages * PS_KV_PAGE_TOK};
+        TRY(ps_lower_measure(p, &shape, &ws, &table, err));
+        *ws_bytes = ps_max_u64(*ws_bytes, ws);
+        if (table > *n_table) *n_table = table;
+        if (n_tok == p->spec.chunk_tok) return PS_OK;
+        n_tok = n_tok * 2 < p->spec.chunk_tok ? n_tok * 2 : p->spec.chunk_tok;
+    }
+}
+
+static bool streams(const ps_plan *p)
+{
+    for (uint64_t i = 0; i < (uint64_t)p->spec.n_tiers * p->model->n_units; i++)
+        if (p->places[i].kind == PS_PLACE_STREAM) return true;
+    return false;
+}
+
+static ps_status lay_out(ps_plan *p, ps_err *err)
+{
+    const ps_model *m = p->model;
+    const ps_hparams *hp = &m->hp;
+    uint64_t *bytes = p->space_bytes, row = 0, layer_kv = 0;
+    uint32_t n_table = 0;
+
+    for (uint32_t u = 0; u < m->n_units; u++)
+        if (p->homes[u].dev_offset != UINT64_MAX) {
+            p->homes[u].dev_offset = bytes[PS_SPACE_DEV_WEIGHTS];
+            bytes[PS_SPACE_DEV_WEIGHTS] += align_up(m->units[u].n_bytes);
+        }
+    if (streams(p)) bytes[PS_SPACE_DEV_RING] = p->spec.n_slots * p->spec.slot_bytes;
+    p->max_pages = (p->spec.n_ctx + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK;
+    if (!ps_fmt_row_bytes(p->spec.kv_fmt, hp->head_dim, &row) ||
+        !ps_mul_u64(row * PS_KV_PAGE_TOK, hp->n_kv_head, &p->kv_page_bytes) ||
+        !ps_mul_u64(p->kv_page_bytes, (uint64_t)p->max_pages * p->spec.n_seq, &p->kv_v_skip) ||
+        !ps_mul_u64(p->kv_v_skip, 2, &layer_kv) || layer_kv > UINT64_MAX / 2 / hp->n_layer)
+        return ps_fail_field(err, PS_EREQUEST, "n_ctx",
+            "a KV cache of %u sequences of %u tokens overflows", p->spec.n_seq, p->spec.n_ctx);
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        ps_space space = p->kv_home[i] == PS_KV_DEV ? PS_SPACE_DEV_KV : PS_SPACE_HOST_KV;
+        p->kv_offset[i] = bytes[space];
+        bytes[space] += layer_kv;
+    }
+    p->kv_stage_offset = bytes[PS_SPACE_DEV_KV];
+    if (p->kv_backed) {
+        bytes[PS_SPACE_DEV_KV] += PS_KV_STAGES * 2 * p->kv_page_bytes * p->max_pages;
+        bytes[PS_SPACE_HOST_KV_DEV] = bytes[PS_SPACE_HOST_KV];
+    }
+    size_buffers(p);
+    TRY(measure(p, &p->buf_bytes[PS_BUF_WS], &n_table, err));
+    uint64_t act = lay_out_buffers(p);
+    if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_ACT] = act;
+    bytes[PS_SPACE_HOST_ACT] = host_act_bytes(p, act);
+
+    uint64_t at = 0;
+    for (uint32_t i = 0; i < hp->n_rope; i++) {
+        p->rope_offset[i] = at;
+        at += align_up((uint64_t)hp->n_rot / 2 * sizeof(float));
+    }
+    p->tables_offset = at;
+    at += align_up((uint64_t)n_table * sizeof(ps_dptr));
+    bytes[PS_SPACE_HOST_CONST] = at;
+    if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_CONST] = at;
+    ps_batch_layout batch = {0};
+    ps_pass_shape largest = {
+        .n_tok = p->spec.pass_tok, .n_out = p->spec.pass_tok, .staged = p->kv_backed};
+    ps_batch_lay_out(p, &largest, &batch);
+    bytes[PS_SPACE_HOST_BATCH] = batch.n_bytes;
+    /* Even a plan that leaves everything on the CPU keeps this much, so that "needs" is never zero.
+     */
+    if (p->spec.accelerator) bytes[PS_SPACE_DEV_BATCH] = batch.n_bytes;
+    return PS_OK;
+}
+
+static void sum_up(ps_plan *p)
+{
+    static const struct {
+        ps_space space;
+        ps_mem_kind kind;
+    } rows[] = {{PS_SPACE_DEV_WEIGHTS, PS_MEM_WEIGHTS}, {PS_SPACE_DEV_RING, PS_MEM_RING},
+        {PS_SPACE_DEV_KV, PS_MEM_KV}, {PS_SPACE_DEV_ACT, PS_MEM_ACT},
+        {PS_SPACE_DEV_BATCH, PS_MEM_BATCH}, {PS_SPACE_DEV_CONST, PS_MEM_BATCH}};
+    uint64_t at = 0;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        p->dev_base[rows[i].space] = at;
+        uint64_t n = align_up(p->space_bytes[rows[i].space]);
+        p->bytes_by_kind[rows[i].kind] += n;
+        at += n;
+    }
+    if (p->uses[PS_SIDE_DEV]) p->bytes_by_kind[PS_MEM_GRAPH] = p->spec.graph_reserve_bytes;
+    for (int k = 0; k < PS_MEM_KIND_COUNT; k++) p->needed_bytes += p->bytes_by_kind[k];
+}
+
+/* ---- creation ---- */
+
+static void *copy_of(const void *src, uint64_t n, uint64_t size)
+{
+    void *dst = ps_alloc(n, size);
+    if (dst != NULL && src != NULL) memcpy(dst, src, n * size);
+    return dst;
+}
+
+static ps_status fill(ps_plan *p, const ps_plan_spec *spec, ps_err *err)
+{
+    const ps_model *m = p->model;
+    if (spec->n_tiers == 0 || spec->n_tiers > PS_MAX_TIERS)
+        return ps_fail(
+            err, PS_EPLAN, "a plan has 1 to %d tiers, not %u", PS_MAX_TIERS, spec->n_tiers);
+    p->spec = *spec;
+    p->spec.tiers = p->tiers = copy_of(spec->tiers, spec->n_tiers, sizeof *p->tiers);
+    p->spec.places = p->places =
+        copy_of(spec->places, (uint64_t)spec->n_tiers * m->n_units, sizeof *p->places);
+    p->spec.kv_vram_tok = p->kv_vram_tok =
+        copy_of(spec->kv_vram_tok, m->hp.n_layer, sizeof *p->kv_vram_tok);
+    p->homes = ps_alloc(m->n_units, sizeof *p->homes);
+    p->kv_offset = ps_alloc(m->hp.n_layer, sizeof *p->kv_offset);
+    p->kv_home = ps_alloc(m->hp.n_layer, sizeof *p->kv_home);
+    p->has_kv_vram_tok = spec->kv_vram_tok != NULL;
+    if (p->tiers == NULL || p->places == NULL || p->kv_vram_tok == NULL || p->homes == NULL ||
+        p->kv_offset == NULL || p->kv_home == NULL)
+        return ps_fail(err, PS_ENOMEM, "no host memory for a plan of %u units", m->n_units);
+    TRY(check_numbers(p, err));
+    TRY(check_places(p, err));
+    TRY(find_kv_homes(p, err));
+    find_homes(p);
+    for (uint32_t i = 0; i < m->hp.n_rope; i++) {
+        float freq[PS_MAX_HEAD_DIM / 2];
+        TRY(ps_model_rope(m, i, spec->n_ctx, freq, &p->rope_mag[i], err));
+    }
+    TRY(lay_out(p, err));
+    sum_up(p);
+    if (spec->accelerator && p->needed_bytes > spec->budget_bytes) {
+        ps_fail(err, PS_EBUDGET,
+            "this placement needs %.1f MiB of VRAM, and the budget is %.1f MiB",
+            (double)p->needed_bytes / (1 << 20), (double)spec->budget_bytes / (1 << 20));
+        if (err != NULL) {
+            err->needed = p->needed_bytes;
+            err->budget = spec->budget_bytes;
+        }
+        return PS_EBUDGET;
+    }
+    return PS_OK;
+}
+
+ps_status ps_plan_create(
+    const ps_model *model, const ps_plan_spec *spec, ps_plan **out, ps_err *err)
+{
+    *out = NULL;
+    ps_plan *p = ps_alloc(1, sizeof *p);
+    if (p == NULL) return ps_fail(err, PS_ENOMEM, "no host memory for a plan");
+    p->model = model;
+    ps_status status = fill(p, spec, err);
+    if (status != PS_OK)
+        ps_plan_destroy(p);
+    else
+        *out = p;
+    return status;
+}
+
+void ps_plan_destroy(ps_plan *plan)
+{
+    if (plan == NULL) return;
+    ps_free(plan->tiers);
+    ps_free(plan->places);
+    ps_free(plan->kv_vram_tok);
+    ps_free(plan->homes);
+    ps_free(plan->kv_offset);
+    ps_free(plan->kv_home);
+    ps_free(plan);
+}

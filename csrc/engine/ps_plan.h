@@ -1,0 +1,174 @@
+/* ps_plan - a placement turned into a checked, immutable plan: does it cover every unit, does it
+ * fit the budget, where does each thing lie. All from sizes: no device, no weights. ps_lower turns
+ * a plan into ticks.
+ *
+ * Not here: deciding places (Python policies), running (ps_exec).
+ * Threads: a plan is immutable after create and shareable.
+ */
+#ifndef PS_PLAN_H
+#define PS_PLAN_H
+
+#include "base/ps_base.h"
+#include "device/ps_arena.h"
+#include "engine/ps_model.h"
+
+typedef enum ps_place_kind {
+    PS_PLACE_CPU,    /* host memory, CPU computes */
+    PS_PLACE_VRAM,   /* resident */
+    PS_PLACE_STREAM, /* host memory, copied into slots, GPU computes */
+    PS_PLACE_SPLIT,  /* shares of vram and stream, the rest on the CPU, at once */
+} ps_place_kind;
+
+typedef struct ps_place {
+    ps_place_kind kind;
+    float vram, stream; /* shares, Split only */
+} ps_place;
+
+enum { PS_MAX_TIERS = 16, PS_KV_PAGE_TOK = 64 };
+
+typedef struct ps_tier {
+    char name[16];
+    uint32_t max_tok; /* largest pass of this tier; UINT32_MAX: unbounded */
+} ps_tier;
+
+/* What a plan is made from. Borrowed during create only. */
+typedef struct ps_plan_spec {
+    bool accelerator;      /* false: device `host`, every unit must be cpu */
+    int sm;                /* compute capability that workspaces are sized for (emu: 90) */
+    uint64_t budget_bytes; /* of VRAM above the baseline */
+    uint32_t n_ctx, n_seq;
+    uint32_t kv_fmt; /* PS_FMT_F16 or PS_FMT_Q8_0 */
+    uint32_t n_tiers;
+    const ps_tier *tiers;   /* ascending max_tok, the last unbounded */
+    const ps_place *places; /* [n_tiers][n_units] */
+    const uint32_t
+        *kv_vram_tok; /* [n_layer] newest tokens kept in VRAM; NULL: all where attn is on the GPU */
+    uint32_t n_slots;
+    uint64_t slot_bytes; /* 0: no ring */
+    uint32_t chunk_tok;  /* most tokens of one op call */
+    uint32_t pass_tok;   /* most tokens of one pass; >= chunk_tok */
+    uint32_t logit_rows; /* most logits rows computed at once */
+    uint64_t graph_reserve_bytes;
+} ps_plan_spec;
+
+/* Memory that ticks refer to. A reference is a space and an offset; the executor binds each space
+ * to an address. */
+typedef enum ps_space {
+    PS_SPACE_NONE,
+    PS_SPACE_DEV_WEIGHTS, /* resident units, read only */
+    PS_SPACE_DEV_RING,
+    PS_SPACE_DEV_KV,
+    PS_SPACE_DEV_ACT,      /* hidden states, activations, workspaces */
+    PS_SPACE_DEV_BATCH,    /* what a pass brings: tokens, positions, page tables */
+    PS_SPACE_DEV_CONST,    /* rope tables, expert addresses */
+    PS_SPACE_HOST_WEIGHTS, /* unit images; the offset is unit << 40 | offset in the image */
+    PS_SPACE_HOST_KV,      /* locked where the GPU reads it too */
+    PS_SPACE_HOST_KV_DEV,  /* the same bytes under the address by which GPU kernels reach them */
+    PS_SPACE_HOST_ACT,     /* locked */
+    PS_SPACE_HOST_BATCH,   /* locked */
+    PS_SPACE_HOST_CONST,
+    PS_SPACE_OUT, /* the caller's logits, host memory */
+    PS_SPACE_COUNT
+} ps_space;
+const char *ps_space_name(ps_space space);
+
+/* Packed into the ps_dptr fields of op arguments until they are bound: space in the top byte. */
+static inline ps_dptr ps_ref(ps_space space, uint64_t offset)
+{
+    return (ps_dptr){(uint64_t)space << 56 | offset};
+}
+static inline ps_space ps_ref_space(ps_dptr r)
+{
+    return (ps_space)(r.a >> 56);
+}
+static inline uint64_t ps_ref_offset(ps_dptr r)
+{
+    return r.a & 0x00ffffffffffffffull;
+}
+enum { PS_IMAGE_SHIFT = 40 }; /* a unit's image is below 1 TiB */
+
+/* The two sides that can compute. */
+typedef enum ps_side { PS_SIDE_DEV, PS_SIDE_HOST, PS_SIDE_COUNT } ps_side;
+
+/* Activation buffers; each has one place on each side that computes. */
+typedef enum ps_buf {
+    PS_BUF_X,    /* f32 [pass_tok][n_embd] hidden states */
+    PS_BUF_NORM, /* f32 [chunk][n_embd] */
+    PS_BUF_Q,    /* f32 [chunk][q + k + v side by side where fused, else q] */
+    PS_BUF_K,
+    PS_BUF_V,
+    PS_BUF_ATT, /* f32 [chunk][n_head * head_dim] */
+    PS_BUF_OUT, /* f32 [chunk][n_embd] a block's output before post norm */
+    PS_BUF_GATE,
+    PS_BUF_UP,      /* f32 [chunk][n_ff] */
+    PS_BUF_ROUTER,  /* f32 [chunk][n_expert] */
+    PS_BUF_ROUTE,   /* ids, weights, order, starts of ROUTE, one after another */
+    PS_BUF_H,       /* f32 [chunk * k][n_ff_expert] */
+    PS_BUF_Y,       /* f32 [chunk * k][n_embd] */
+    PS_BUF_Y_OTHER, /* the same, computed on the other side */
+    PS_BUF_ROWS,    /* f32 [logit_rows][n_embd] */
+    PS_BUF_LOGITS,  /* f32 [logit_rows][n_vocab] */
+    PS_BUF_WS,      /* workspaces of ops */
+    PS_BUF_COUNT
+} ps_buf;
+
+typedef struct ps_unit_home {
+    uint64_t dev_offset; /* in DEV_WEIGHTS; UINT64_MAX: not resident */
+    bool host;           /* needs its host image in some tier */
+} ps_unit_home;
+
+typedef struct ps_plan {
+    const ps_model *model; /* borrows */
+    ps_plan_spec spec;     /* its pointers are those below */
+    ps_tier *tiers;        /* owns; [n_tiers] */
+    ps_place *places;      /* owns; [n_tiers][n_units] */
+    uint32_t *kv_vram_tok; /* owns; [n_layer] */
+    bool has_kv_vram_tok;  /* false: the spec left it to the places */
+    ps_unit_home *homes;   /* owns; [n_units] */
+    uint8_t *kv_home;      /* owns; [n_layer] ps_kv_home */
+    uint64_t *kv_offset;   /* owns; [n_layer] of K in DEV_KV or HOST_KV; V lies kv_v_skip behind */
+    uint64_t kv_stage_offset; /* in DEV_KV: stages of BACKED layers, K and V of one sequence each */
+    bool kv_backed;           /* is any layer BACKED */
+    bool uses[PS_SIDE_COUNT]; /* does any unit compute there in any tier */
+    uint64_t buf_offset[PS_BUF_COUNT]; /* in DEV_ACT and HOST_ACT alike */
+    uint64_t buf_bytes[PS_BUF_COUNT];
+    uint64_t space_bytes[PS_SPACE_COUNT];
+    uint64_t dev_base[PS_SPACE_COUNT]; /* of each DEV space in the arena */
+    uint64_t bytes_by_kind[PS_MEM_KIND_COUNT];
+    uint64_t needed_bytes; /* their sum */
+    uint32_t max_pages;    /* KV pages of one sequence */
+    uint64_t kv_page_bytes,
+        kv_v_skip; /* K (or V) of one page of one layer; from K to V of a layer */
+    uint64_t rope_offset[PS_ROPE_TABLES]; /* f32 [n_rot / 2] in DEV_CONST and HOST_CONST */
+    float rope_mag[PS_ROPE_TABLES];
+    uint64_t tables_offset; /* expert addresses of the pass, in both CONST spaces */
+} ps_plan;
+
+/* PS_EPLAN (field = unit, extra = tier) where a rule is broken, PS_EBUDGET with needed and budget
+ * where it does not fit; then err->smallest is 0 and the caller asks ps_plan_smallest. */
+ps_status ps_plan_create(
+    const ps_model *model, const ps_plan_spec *spec, ps_plan **out, ps_err *err);
+void ps_plan_destroy(ps_plan *plan); /* NULL allowed */
+
+uint32_t ps_plan_tier(const ps_plan *plan, uint32_t n_tok); /* the first tier that holds it */
+static inline ps_place ps_plan_place(const ps_plan *plan, uint32_t tier, uint32_t unit)
+{
+    return plan->places[(size_t)tier * plan->model->n_units + unit];
+}
+/* Where a unit computes in a tier. A Split counts as DEV. */
+ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit);
+/* Where a layer's KV lives.
+ * DEV: in VRAM. HOST: in host memory, attention on the CPU. BACKED: in host memory, attention
+ * (also) on the GPU: a prompt's pass works on a stage in VRAM that holds the one layer in hand,
+ * loaded before and saved behind the compute; single tokens are attended where they lie, over the
+ * bus. */
+typedef enum ps_kv_home { PS_KV_DEV, PS_KV_HOST, PS_KV_BACKED } ps_kv_home;
+enum { PS_KV_STAGES = 2 }; /* one layer loads while another computes */
+
+/* References that name the same bytes, made equal. */
+static inline ps_dptr ps_ref_canonical(ps_dptr r)
+{
+    return ps_ref_space(r) == PS_SPACE_HOST_KV_DEV ? ps_ref(PS_SPACE_HOST_KV, ps_ref_offset(r)) : r;
+}
+
+#endif

@@ -1,0 +1,158 @@
+/* ps_ticks - printing, memory ranges and destruction of tick lists. See ps_ticks.h. */
+#include "engine/ps_ticks.h"
+
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+void ps_ticks_destroy(ps_ticks *t)
+{
+    if (t == NULL) return;
+    ps_free(t->tick);
+    ps_free(t->args);
+    ps_free(t->extra);
+    for (int s = 0; s < PS_SIDE_COUNT; s++) ps_free(t->table[s]);
+    ps_free(t);
+}
+
+uint32_t ps_pass_kv_bucket(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv)
+{
+    uint64_t bucket = PS_MIN_KV_BUCKET, most = (uint64_t)plan->max_pages * PS_KV_PAGE_TOK;
+    if (n_tok > PS_SMALL_PASS_TOK)
+        bucket = ps_div_up_u64(max_kv, PS_MIN_KV_BUCKET) * PS_MIN_KV_BUCKET;
+    else
+        while (bucket < max_kv) bucket *= 2;
+    return (uint32_t)ps_min_u64(bucket, most);
+}
+
+uint32_t ps_tick_ranges(const ps_ticks *t, uint32_t i, ps_range *out, uint32_t cap)
+{
+    const ps_tick *k = &t->tick[i];
+    uint32_t n = 0;
+    if (k->kind == PS_TICK_COPY_IN || k->kind == PS_TICK_COPY_OUT) {
+        if (n < cap) out[n++] = (ps_range){k->dst, k->n_bytes, PS_WRITE};
+        if (n < cap) out[n++] = (ps_range){k->src, k->n_bytes, PS_READ};
+    } else if (k->kind == PS_TICK_RUN) {
+        ps_operand operands[PS_MAX_OPERANDS];
+        const unsigned char *args = t->args + k->index;
+        uint32_t n_operands = ps_op_operands((ps_op_kind)k->op, args, operands);
+        for (uint32_t j = 0; j < n_operands && n < cap; j++) {
+            ps_range r = {.n_bytes = operands[j].n_bytes, .access = operands[j].access};
+            memcpy(&r.ref, args + operands[j].offset, sizeof r.ref);
+            if (r.n_bytes != 0 && r.ref.a != 0) out[n++] = r;
+        }
+        for (uint32_t j = 0; j < k->n_extra && n < cap; j++) out[n++] = t->extra[k->extra + j];
+    }
+    return n;
+}
+
+/* How many entries of a table of expert addresses are there. */
+static uint32_t count_experts(const ps_ticks *t, ps_side side, ps_dptr table, uint32_t n_expert)
+{
+    uint64_t first = (ps_ref_offset(table) - t->plan->tables_offset) / sizeof(ps_dptr);
+    uint32_t n = 0;
+    for (uint64_t j = first; j < first + n_expert && j < t->n_table; j++)
+        if (t->table[side][j].a != 0) n++;
+    return n;
+}
+
+ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
+{
+    const ps_tick *k = &t->tick[i];
+    if (k->kind != PS_TICK_RUN) return (ps_cost){0};
+    ps_cost cost = ps_op_cost((ps_op_kind)k->op, t->args + k->index);
+    ps_side side = k->stream == PS_STREAM_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
+    uint32_t n_expert = 0, n_here = 0;
+    if (k->op == PS_OP_MOE_UP) {
+        ps_moe_up_args a;
+        memcpy(&a, t->args + k->index, sizeof a);
+        n_expert = a.n_expert;
+        n_here = count_experts(t, side, a.up_ptrs, n_expert);
+    } else if (k->op == PS_OP_MOE_DOWN) {
+        ps_moe_down_args a;
+        memcpy(&a, t->args + k->index, sizeof a);
+        n_expert = a.n_expert;
+        n_here = count_experts(t, side, a.down_ptrs, n_expert);
+    }
+    if (n_here < n_expert) {
+        cost.flops = (uint64_t)((double)cost.flops * n_here / n_expert);
+        cost.bytes = (uint64_t)((double)cost.bytes * n_here / n_expert);
+    }
+    return cost;
+}
+
+/* ---- text ---- */
+
+typedef struct text {
+    char *out;
+    uint64_t cap, n;
+} text;
+
+static void put(text *t, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+static void put(text *t, const char *fmt, ...)
+{
+    va_list ap;
+    va_start(ap, fmt);
+    bool room = t->out != NULL && t->n < t->cap;
+    int n = vsnprintf(room ? t->out + t->n : NULL, room ? t->cap - t->n : 0, fmt, ap);
+    va_end(ap);
+    if (n > 0) t->n += (uint64_t)n;
+}
+
+static void put_ref(text *t, const ps_plan *plan, ps_dptr ref)
+{
+    if (ps_ref_space(ref) == PS_SPACE_HOST_WEIGHTS)
+        put(t, "host:%s+%llu", plan->model->units[ps_ref_offset(ref) >> PS_IMAGE_SHIFT].name,
+            (unsigned long long)(ps_ref_offset(ref) & ((1ull << PS_IMAGE_SHIFT) - 1)));
+    else
+        put(t, "%s+%llu", ps_space_name(ps_ref_space(ref)), (unsigned long long)ps_ref_offset(ref));
+}
+
+static void put_run(text *out, const ps_ticks *t, uint32_t i)
+{
+    ps_range ranges[PS_MAX_OPERANDS + UINT8_MAX];
+    uint32_t n = ps_tick_ranges(t, i, ranges, PS_MAX_OPERANDS + UINT8_MAX);
+    put(out, " %-12s", ps_op_name((ps_op_kind)t->tick[i].op));
+    for (int writes = 1; writes >= 0; writes--) {
+        if (!writes) put(out, " <-");
+        for (uint32_t j = 0; j < n; j++) {
+            bool w = (ranges[j].access & PS_WRITE) != 0, r = (ranges[j].access & PS_READ) != 0;
+            if (writes ? !w : !r) continue;
+            put(out, " ");
+            put_ref(out, t->plan, ranges[j].ref);
+        }
+    }
+}
+
+uint64_t ps_ticks_print(const ps_ticks *t, char *out, uint64_t cap)
+{
+    static const char *const names[] = {
+        "copy_in", "copy_out", "run", "record", "wait", "flag_set", "flag_wait"};
+    text x = {.out = out, .cap = cap};
+    if (cap > 0) out[0] = 0;
+    put(&x, "pass tier=%s n_tok=%u n_out=%u max_kv=%u events=%u flags=%u\n",
+        t->plan->tiers[t->shape.tier].name, t->shape.n_tok, t->shape.n_out, t->shape.max_kv,
+        t->n_events, t->n_flags);
+    for (uint32_t i = 0; i < t->n_ticks; i++) {
+        const ps_tick *k = &t->tick[i];
+        put(&x, "%5u %-7s %-9s", i, ps_stream_role_name((ps_stream_role)k->stream), names[k->kind]);
+        switch ((ps_tick_kind)k->kind) {
+        case PS_TICK_COPY_IN:
+        case PS_TICK_COPY_OUT:
+            put(&x, " ");
+            put_ref(&x, t->plan, k->dst);
+            put(&x, " <- ");
+            put_ref(&x, t->plan, k->src);
+            put(&x, " %llu bytes", (unsigned long long)k->n_bytes);
+            break;
+        case PS_TICK_RUN: put_run(&x, t, i); break;
+        case PS_TICK_RECORD:
+        case PS_TICK_WAIT: put(&x, " event %u", k->index); break;
+        case PS_TICK_FLAG_SET:
+        case PS_TICK_FLAG_WAIT: put(&x, " flag %u", k->index); break;
+        }
+        if (k->unit >= 0) put(&x, "  [%s]", t->plan->model->units[k->unit].name);
+        put(&x, "\n");
+    }
+    return x.n;
+}
