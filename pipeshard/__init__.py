@@ -1,0 +1,55 @@
+"""Runs language models that are larger than the VRAM they are given, from GGUF files, on CPU and CUDA."""
+
+from __future__ import annotations
+
+from ._version import __version__
+from .emu import EmuDevice, Fault
+from .engine import Engine
+from .errors import (
+    BudgetError,
+    BusyError,
+    ClosedError,
+    DeviceError,
+    FileError,
+    FormatError,
+    HostMemoryError,
+    PipeshardError,
+    PlanError,
+    RequestError,
+    UnsupportedError,
+)
+from .model import Model
+from .placement import Place, Placement, Split, Tier, Unit
+from .plan import Plan
+from .sched_policies import PolicyContext, Prediction
+from .sched_policies import names as policies
+from .tokenizer import Tokenizer
+
+__all__ = [
+    "BudgetError",
+    "BusyError",
+    "ClosedError",
+    "DeviceError",
+    "EmuDevice",
+    "Engine",
+    "Fault",
+    "FileError",
+    "FormatError",
+    "HostMemoryError",
+    "Model",
+    "PipeshardError",
+    "Place",
+    "Placement",
+    "Plan",
+    "PlanError",
+    "PolicyContext",
+    "Prediction",
+    "RequestError",
+    "Split",
+    "Tier",
+    "Tokenizer",
+    "Unit",
+    "UnsupportedError",
+    "__version__",
+    "policies",
+]

@@ -1,0 +1,755 @@
+"""The engine: a model under a plan on a device, from a prompt to text.
+
+Not here: the answers' form (generate.py, openai.py), which plan (planner.py), how passes run (the core).
+Threads: one call at a time; a second thread gets a BusyError at once. A stream that a thread has begun belongs to it
+until it is read to its end, closed or dropped; a new call of the same thread ends it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import time
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core, openai
+from ._progress import Bar
+from .emu import EmuDevice
+from .errors import (
+    BusyError,
+    ClosedError,
+    DeviceError,
+    HostMemoryError,
+    PipeshardError,
+    RequestError,
+    UnsupportedError,
+)
+from .generate import Sampled, SamplingParams, Source, check_int
+from .model import Model, check_path
+from .plan import Plan
+from .planner import MAX_CHUNK_TOK, Machine, Wishes, make_plan
+from .sizes import format_bytes, parse_size
+from .tokenizer import Tokenizer
+
+__all__ = ["Engine"]
+
+Json = dict[str, Any]
+Ids = npt.NDArray[np.int32]
+
+_SEQ = 0  # the sequence of generate and logits
+_DEFAULT_CTX = 4096
+_MAX_CTX = 1 << 27  # as the core has it
+_MAX_SEQ = 4096
+_GRAPH_RESERVE_BYTES = 32 << 20
+# Up to so many tokens run through other kernels than prompts do, with slightly other rounding, on every device.
+_FEW_TOK = 8
+_SPARE_BYTES = 256 << 20  # of VRAM, for everybody else: at least this or 5 %
+_SPARE_SHARE = 20
+
+_open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+class Engine:
+    """Runs one model. Also a context manager.
+
+    model: path of a GGUF file, or a Model that several engines share. device: "auto", "host", "emu", "cuda", "cuda:N"
+    or an EmuDevice. vram: bytes or a size such as "4GiB", everything above the driver's own share counted; None: what
+    is free. plan: a Plan or its file, which then decides instead of policy, n_ctx, n_seq and kv. n_ctx 0: the model's
+    own. threads: of the CPU; None: all. locked_limit, ram_limit: of page-locked and of all host memory."""
+
+    def __init__(
+        self,
+        model: str | Path | Model,
+        *,
+        device: str | EmuDevice = "auto",
+        vram: int | str | None = None,
+        policy: str = "auto",
+        plan: Plan | str | Path | None = None,
+        profile: object = None,
+        n_ctx: int = _DEFAULT_CTX,
+        n_seq: int = 1,
+        kv: Literal["f16", "q8_0"] = "f16",
+        threads: int | None = None,
+        locked_limit: int | str | None = None,
+        ram_limit: int | str | None = None,
+        trace: bool = False,
+    ) -> None:
+        self._core: _core.Engine | None = (
+            None  # first, so that an engine that never opened can be closed
+        )
+        kind, emu = _check_device(device)
+        budget = None if vram is None else parse_size(vram, argument="vram")
+        limits = {
+            "locked_limit": None
+            if locked_limit is None
+            else parse_size(locked_limit, argument="locked_limit"),
+            "ram_limit": None if ram_limit is None else parse_size(ram_limit, argument="ram_limit"),
+        }
+        n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
+        _check_later("policy", policy, "auto")
+        _check_later("profile", profile, None)
+        _check_later("trace", trace, False)
+        wishes = _check_wishes(n_ctx, n_seq, kv)
+        given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
+        if given is not None and not isinstance(given, Plan):
+            raise TypeError(f"plan must be a Plan or its file, not {type(given).__name__}")
+
+        self._model: Model | None = (
+            model if isinstance(model, Model) else Model(check_path("model", model))
+        )
+        self._label = f"{self._model.name} ({self._model.arch})"
+        if wishes.n_ctx == 0:
+            wishes = replace(wishes, n_ctx=min(self._model.n_ctx_train, _MAX_CTX))
+        if given is not None:
+            wishes = _follow(given, wishes)
+        self._lock = threading.Lock()  # held by whoever uses the core
+        self._owner: tuple[object, int] | None = None  # the stream under way and its thread
+        self._n_as_prompt = 0  # tokens at the sequence's beginning that ran as part of a prompt
+        self._run_stats: Json = _no_run()
+        self._last_core_stats: Json = {}
+        chunk_tok = max(wishes.n_seq, min(MAX_CHUNK_TOK, wishes.n_ctx))
+        if given is not None:
+            chunk_tok = given.chunk_tok
+            budget = budget if budget is not None else given.budget_bytes
+        self._device: _core.Device | None = None
+        try:
+            self._device = _open_device(
+                kind, emu, budget is not None, self._model._core, wishes.n_ctx, chunk_tok, n_threads
+            )
+            self._budget = budget if budget is not None else _free_budget(self._device)
+            self._open(self._make_plan(given, wishes))
+            self._check_limits(limits)
+        except BaseException:
+            # Whoever keeps the exception keeps this frame, but not the device's memory.
+            self._forget()
+            raise
+
+    def _make_plan(self, given: Plan | None, wishes: Wishes) -> _core.Plan:
+        machine, free = _describe(self._open_device)
+        budget = self._budget if free is None else min(self._budget, free)
+        if given is None:
+            self._plan, core = make_plan(self.model, machine, replace(wishes, budget_bytes=budget))
+            return core
+        bound = replace(given, budget_bytes=budget, accelerator=machine.accelerator, sm=machine.sm)
+        core = bound.bind(self.model)
+        self._plan = replace(bound, bytes=core.bytes_by_kind)
+        return core
+
+    def _open(self, core_plan: _core.Plan) -> None:
+        try:
+            with Bar(f"loading {self.model.name}", "B") as bar:
+                self._core = _core.Engine(core_plan, self._open_device, progress=bar.to)
+        finally:
+            del core_plan
+        _open_engines.add(self)
+
+    def _check_limits(self, limits: Mapping[str, int | None]) -> None:
+        stats = self._usable().stats()
+        for name, key, what in (
+            ("locked_limit", "locked_bytes", "page-locked"),
+            ("ram_limit", "ram_bytes", "host"),
+        ):
+            limit = limits[name]
+            if limit is not None and stats[key] > limit:
+                raise HostMemoryError(
+                    f"the engine needs {stats[key]} bytes ({format_bytes(stats[key])}) of {what} memory, "
+                    f"and {name} is {format_bytes(limit)}"
+                )
+
+    # ---- life ----
+
+    def close(self) -> None:
+        """Frees everything. Closing twice is allowed; streams under way end with a ClosedError."""
+        if self._core is None:
+            return
+        self._core.close()  # BusyError while another thread is in a call
+        self._forget()
+
+    def _forget(self) -> None:
+        self._core = self._device = self._model = self._owner = None
+        _open_engines.discard(self)
+
+    @property
+    def closed(self) -> bool:
+        return self._core is None
+
+    def __enter__(self) -> Engine:
+        self._usable()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._core is None:
+            return f"<Engine {self._label}, closed>"
+        return f"<Engine {self._label} on {self._open_device.name}, n_ctx {self.n_ctx}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "an Engine can be neither copied nor pickled; open another on the same Model"
+        )
+
+    def _usable(self) -> _core.Engine:
+        if self._core is None:
+            raise ClosedError("the engine is closed")
+        return self._core
+
+    @property
+    def _open_device(self) -> _core.Device:
+        if self._device is None:
+            raise ClosedError("the engine is closed")
+        return self._device
+
+    # ---- what it is ----
+
+    @property
+    def model(self) -> Model:
+        if self._model is None:
+            raise ClosedError("the engine is closed")
+        return self._model
+
+    @property
+    def plan(self) -> Plan:
+        return self._plan
+
+    @property
+    def n_ctx(self) -> int:
+        return self._plan.n_ctx
+
+    @property
+    def n_vocab(self) -> int:
+        return self.model.n_vocab
+
+    @property
+    def device(self) -> str:
+        """ "host", "emu" or "cuda"."""
+        return self._open_device.kind
+
+    @property
+    def device_info(self) -> Json:
+        """Kind, name, compute capability, VRAM in all, baseline, and the CPU kernels in force."""
+        device = self._open_device
+        return {
+            "kind": device.kind,
+            "name": device.name,
+            "sm": device.sm,
+            "vram_total_bytes": device.vram_total,
+            "baseline_bytes": device.baseline,
+            "cpu_variant": device.cpu_variant,
+            "virtual_clock": device.virtual_clock,
+        }
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.model.tokenizer
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids, with the begin token where the model wants one."""
+        return self.tokenizer.encode(text)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids)
+
+    # ---- the core, one call at a time ----
+
+    @contextlib.contextmanager
+    def _calling(self, run: object | None = None) -> Iterator[_core.Engine]:
+        """`run`: the stream on whose behalf; a call without one ends the stream under way."""
+        core = self._usable()
+        if not self._lock.acquire(blocking=False):
+            raise _busy()
+        try:
+            self._check_owner(run)
+            yield core
+        except DeviceError as error:
+            if error.fatal:
+                with contextlib.suppress(PipeshardError):
+                    core.close()
+                self._forget()
+            raise
+        finally:
+            self._lock.release()
+
+    def _check_owner(self, run: object | None) -> None:
+        if self._owner is None or self._owner[0] is run:
+            return
+        if self._owner[1] != threading.get_ident():
+            raise _busy()
+        self._owner = None
+
+    def logits(
+        self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]
+    ) -> npt.NDArray[np.float32]:
+        """Logits of every position, [len(tokens), n_vocab]: a copy. The tokens are a fresh sequence."""
+        ids = _to_ids("tokens", tokens)
+        if len(ids) == 0:
+            raise RequestError("tokens is empty", argument="tokens")
+        if len(ids) > self.n_ctx:
+            raise RequestError(
+                f"{len(ids)} tokens are more than the context of {self.n_ctx}; open the engine with a larger n_ctx",
+                argument="tokens",
+            )
+        with self._calling() as core:
+            self._n_as_prompt = 0
+            core.truncate(_SEQ, 0)
+            logits = core.append_all(_SEQ, ids)
+            self._n_as_prompt = len(ids) if len(ids) > _FEW_TOK else 0
+            return logits
+
+    def _read_prompt(self, core: _core.Engine, tokens: Ids, keep_answers: bool) -> int:
+        """Runs what the cache does not hold; returns how many tokens it held.
+
+        What is reused shows nowhere: it ran as part of a prompt, and so does what is run now, so the logits are those
+        of a fresh sequence to the bit wherever a token's result does not depend on its neighbours. `keep_answers`:
+        also tokens that were generated, which ran one by one."""
+        n_cached = core.match(_SEQ, tokens)
+        if not keep_answers:
+            n_cached = min(n_cached, self._n_as_prompt)
+        n_cached = max(0, min(n_cached, len(tokens) - _FEW_TOK - 1))
+        self._n_as_prompt = min(self._n_as_prompt, n_cached)
+        core.truncate(_SEQ, n_cached)
+        n_rest = len(tokens) - n_cached
+        # Passes of one size, so that no last one is small.
+        step = -(-n_rest // -(-n_rest // self._plan.pass_tok))
+        with Bar("reading the prompt", "tok") as bar:
+            for done in range(n_cached, len(tokens), step):
+                core.append(_SEQ, tokens[done : done + step])
+                bar.to(min(done + step, len(tokens)) - n_cached, n_rest)
+        if self._n_as_prompt == n_cached and len(tokens) > _FEW_TOK:
+            self._n_as_prompt = len(tokens)
+        return n_cached
+
+    @property
+    def last_logits(self) -> npt.NDArray[np.float32] | None:
+        """Of the last token that ran: a read-only view that holds until the next pass. None before the first."""
+        return self._usable().logits
+
+    def reset(self) -> None:
+        """Forgets every sequence and what of them could be reused."""
+        with self._calling() as core:
+            for seq in range(self._plan.n_seq):
+                core.truncate(seq, 0)
+
+    # ---- text ----
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 128,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> str:
+        """The new text behind a prompt, which is text or ids. temperature 0: greedy; seed None: another each time;
+        max_tokens None: until the context is full."""
+        return "".join(
+            self.stream(
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repeat_penalty=repeat_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                seed=seed,
+                stop=stop,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = 128,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.05,
+        repeat_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """The same in pieces, as they become final. Arguments are checked now, the model runs as pieces are read."""
+        run = self._new_run()
+        return run.guard(
+            openai.stream(
+                run.source(),
+                prompt,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repeat_penalty=repeat_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+                seed=seed,
+                stop=stop,
+            )
+        )
+
+    def create_completion(
+        self, prompt: str | Sequence[int] = "", *, stream: bool = False, **options: Any
+    ) -> Json | Iterator[Json]:
+        """OpenAI's text completion; options as generate() takes them, and `echo`, `logprobs` and `model`."""
+        run = self._new_run()
+        with run.ending_on_error():
+            answer = openai.create_completion(run.source(), prompt, stream=stream, **options)
+        return run.finish(answer)
+
+    def create_chat_completion(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: bool = False, **options: Any
+    ) -> Json | Iterator[Json]:
+        """OpenAI's chat completion; options as generate() takes them, and `logprobs`, `top_logprobs`, `tools`,
+        `chat_template`, `chat_template_kwargs` and `model`."""
+        run = self._new_run(keep_answers=True)  # a conversation goes on from its last answer
+        with run.ending_on_error():
+            answer = openai.create_chat_completion(run.source(), messages, stream=stream, **options)
+        return run.finish(answer)
+
+    def _new_run(self, keep_answers: bool = False) -> _Run:
+        self._usable()
+        if self._lock.locked() or (
+            self._owner is not None and self._owner[1] != threading.get_ident()
+        ):
+            raise _busy()
+        return _Run(self, keep_answers)
+
+    # ---- numbers ----
+
+    @property
+    def stats(self) -> Json:
+        """Counts and times of the last run, memory and traffic since open. Seconds are those of the device: virtual
+        on emu, with the run's `wall_s` beside."""
+        core = self._usable()
+        with contextlib.suppress(BusyError):  # then those of the last look have to do
+            self._last_core_stats = core.stats()
+        memory = dict(self._last_core_stats)
+        kinds = memory.pop("peak_bytes_by_kind", {})
+        memory.pop("busy_ns", None)
+        return {
+            **self._run_stats,
+            "predicted_ttft_s": None,
+            "predicted_tps": None,
+            "budget_bytes": self._budget,
+            "baseline_bytes": self._open_device.baseline,
+            "peak_bytes_by_kind": dict(kinds),
+            "bounce_bytes": 0,
+            **memory,
+        }
+
+
+class _Run:
+    """One generation: what generate.py calls a Decoder. Holds its engine; the engine knows only its name."""
+
+    def __init__(self, engine: Engine, keep_answers: bool) -> None:
+        self._engine = engine
+        self._keep_answers = keep_answers
+        self._name = object()
+        self._sampler: _core.Sampler | None = None
+        self._logprobs = False
+        self._stats = _no_run()
+        self._start = self._first = self._wall_start = 0.0
+
+    def source(self) -> Source:
+        return Source(self, self._engine.tokenizer, self._engine.model.name)
+
+    # ---- the Decoder ----
+
+    @property
+    def n_ctx(self) -> int:
+        return self._engine.n_ctx
+
+    def prefill(self, ids: Sequence[int], params: SamplingParams) -> Sampled:
+        engine = self._engine
+        tokens = np.asarray(ids, np.int32)
+        with engine._calling() as core:
+            engine._owner = (self._name, threading.get_ident())
+            self._sampler = self._make_sampler(params)
+            self._sampler.accept(tokens)
+            self._wall_start = time.perf_counter()
+            self._start = _clock(core)
+            n_cached = engine._read_prompt(core, tokens, self._keep_answers)
+            sampled = self._sample(core)
+            self._first = _clock(core)
+            self._stats |= {
+                "n_prompt": len(tokens),
+                "n_cached": n_cached,
+                "ttft_s": self._first - self._start,
+            }
+            self._count(core, sampled)
+        return sampled
+
+    def decode(self, token: int) -> Sampled:
+        engine = self._engine
+        if engine._owner is None or engine._owner[0] is not self._name:
+            raise ClosedError("this stream has ended: its engine began another call or was closed")
+        with engine._calling(self._name) as core:
+            core.append(_SEQ, np.array([token], np.int32))
+            sampled = self._sample(core)
+            self._count(core, sampled)
+        return sampled
+
+    # ---- its parts ----
+
+    def _make_sampler(self, params: SamplingParams) -> _core.Sampler:
+        bias = params.logit_bias
+        self._logprobs = params.n_logprobs is not None
+        n_vocab = min(self._engine.n_vocab, self._engine.tokenizer.n_vocab)
+        return _core.Sampler(
+            n_vocab,
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            repeat_penalty=params.repeat_penalty,
+            presence_penalty=params.presence_penalty,
+            frequency_penalty=params.frequency_penalty,
+            penalty_last_n=params.penalty_last_n,
+            bias_ids=np.fromiter(bias.keys(), np.int32, len(bias)),
+            bias_values=np.fromiter(bias.values(), np.float32, len(bias)),
+            seed=params.seed,
+            logprobs=self._logprobs,
+            n_top=params.n_logprobs or 0,
+        )
+
+    def _sample(self, core: _core.Engine) -> Sampled:
+        assert self._sampler is not None
+        token = self._sampler.next(core)
+        sampled = (
+            Sampled(token[0], token[1], tuple(token[2]))
+            if isinstance(token, tuple)
+            else Sampled(token)
+        )
+        self._sampler.accept(sampled.id)
+        return sampled
+
+    def _count(self, core: _core.Engine, sampled: Sampled) -> None:
+        """A token that only ends the answer is not counted."""
+        now = _clock(core)
+        stats = self._stats
+        stats["e2e_s"] = now - self._start
+        stats["wall_s"] = time.perf_counter() - self._wall_start
+        if not self._engine.tokenizer.is_eog(sampled.id):
+            stats["n_gen"] += 1
+            if stats["n_gen"] > 1 and now > self._first:
+                stats["tps"] = (stats["n_gen"] - 1) / (now - self._first)
+        self._engine._run_stats = dict(stats)
+
+    # ---- its end ----
+
+    def _end(self) -> None:
+        engine = self._engine
+        if engine._owner is not None and engine._owner[0] is self._name:
+            engine._owner = None
+
+    def guard(self, pieces: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from pieces
+        finally:
+            self._end()
+
+    def finish(self, answer: Json | Iterator[Json]) -> Json | Iterator[Json]:
+        if not isinstance(answer, dict):
+            return self.guard(answer)
+        self._end()
+        return answer
+
+    @contextlib.contextmanager
+    def ending_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self._end()
+            raise
+
+
+def _no_run() -> Json:
+    counts = dict.fromkeys(("n_prompt", "n_cached", "n_gen"), 0)
+    return counts | dict.fromkeys(("ttft_s", "tps", "e2e_s", "wall_s"))
+
+
+def _clock(core: _core.Engine) -> float:
+    return core.clock_ns() * 1e-9
+
+
+def _busy() -> BusyError:
+    return BusyError("the engine is working for another thread; use one engine a thread, or wait")
+
+
+# ---- arguments ----
+
+
+def _check_device(device: object) -> tuple[str, EmuDevice | None]:
+    if isinstance(device, EmuDevice):
+        return "emu", device
+    if not isinstance(device, str):
+        raise TypeError(f"device must be a name or an EmuDevice, not {type(device).__name__}")
+    return device, None
+
+
+def _check_later(name: str, value: object, only: object) -> None:
+    """Arguments whose other values belong to a later version."""
+    if isinstance(only, (str, bool)) and type(value) is not type(only):
+        raise TypeError(f"{name} must be a {type(only).__name__}, not {type(value).__name__}")
+    if value != only:
+        raise UnsupportedError(
+            f"{name}={value!r} is not part of this version; it knows {only!r}",
+            what=f"{name}={value!r}",
+            supported=(repr(only),),
+        )
+
+
+def _check_wishes(n_ctx: int, n_seq: int, kv: str) -> Wishes:
+    if not isinstance(kv, str):
+        raise TypeError(f"kv must be a str, not {type(kv).__name__}")
+    if kv not in ("f16", "q8_0"):
+        raise RequestError(f"kv must be f16 or q8_0, not {kv!r}", argument="kv")
+    return Wishes(
+        budget_bytes=0,
+        n_ctx=check_int("n_ctx", n_ctx, 0, _MAX_CTX),
+        n_seq=check_int("n_seq", n_seq, 1, _MAX_SEQ),
+        kv=kv,
+    )
+
+
+def _follow(plan: Plan, wishes: Wishes) -> Wishes:
+    """A plan decides; a caller who asks for something else should hear of it."""
+    asked: tuple[tuple[str, object, object, object], ...] = (
+        ("n_ctx", wishes.n_ctx, _DEFAULT_CTX, plan.n_ctx),
+        ("n_seq", wishes.n_seq, 1, plan.n_seq),
+        ("kv", wishes.kv, "f16", plan.kv),
+    )
+    for name, value, default, planned in asked:
+        if value not in (default, planned):
+            raise RequestError(
+                f"{name} is {value}, but the plan was made for {planned}", argument=name
+            )
+    return replace(wishes, n_ctx=plan.n_ctx, n_seq=plan.n_seq, kv=plan.kv)
+
+
+def _to_ids(argument: str, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> Ids:
+    if isinstance(tokens, (str, bytes, Mapping)):
+        raise TypeError(f"{argument} must be token ids, not {type(tokens).__name__}")
+    array = np.asarray(tokens)
+    if array.ndim != 1:
+        raise TypeError(f"{argument} must be a list or a one-dimensional array of token ids")
+    if array.size == 0:
+        return np.zeros(0, np.int32)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise TypeError(f"{argument} must be integers, not {array.dtype}")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= 1 << 31:
+        raise RequestError(
+            f"token {low if low < 0 else high} is in no vocabulary", argument=argument
+        )
+    return np.ascontiguousarray(array, np.int32)
+
+
+# ---- devices ----
+
+
+def _open_device(
+    kind: str,
+    emu: EmuDevice | None,
+    has_budget: bool,
+    model: _core.Model,
+    n_ctx: int,
+    chunk_tok: int,
+    threads: int,
+) -> _core.Device:
+    def open_one(name: str) -> _core.Device:
+        options: Json = {"threads": threads, "cpu_variant": _cpu_variant()}
+        if name == "emu":
+            described = emu or EmuDevice()
+            options |= {
+                "profile": described._rates(),
+                "vram_capacity": described.vram_capacity or 0,
+                "seed": described.seed,
+                "delays": described.delays,
+                "faults": described.faults,
+            }
+        return _core.Device(name, model, n_ctx, chunk_tok, **options)
+
+    if kind != "auto":
+        return open_one(kind)
+    fallback = "emu" if has_budget else "host"
+    available, why = _core.cuda_status()
+    if not available:
+        if Path("/proc/driver/nvidia/version").exists():
+            _warn_no_cuda(why, fallback)
+        return open_one(fallback)
+    try:
+        return open_one("cuda")
+    except DeviceError as error:
+        _warn_no_cuda(str(error), fallback)
+        return open_one(fallback)
+
+
+def _warn_no_cuda(why: str, fallback: str) -> None:
+    warnings.warn(
+        f"not using the GPU: {why}; using {fallback} instead", RuntimeWarning, stacklevel=4
+    )
+
+
+def _describe(device: _core.Device) -> tuple[Machine, int | None]:
+    """What a plan must know of a device, and the bytes that it has to give."""
+    if device.kind == "host":
+        return Machine(accelerator=False), None
+    reserve = _GRAPH_RESERVE_BYTES if device.kind == "cuda" else 0
+    machine = Machine(accelerator=True, sm=device.sm or 90, graph_reserve_bytes=reserve)
+    return machine, device.mem_info()[0]
+
+
+def _free_budget(device: _core.Device) -> int:
+    """Of what is free, after the baseline: a little is left to others, of a small device half of it at most."""
+    if device.kind == "host":
+        return 0
+    free = device.mem_info()[0]
+    return free - min(max(_SPARE_BYTES, free // _SPARE_SHARE), free // 2)
+
+
+def _cpu_variant() -> str | None:
+    """PIPESHARD_CPU_VARIANT: the CPU kernels to use instead of the best ones, for tests and comparisons."""
+    return os.environ.get("PIPESHARD_CPU_VARIANT") or None
+
+
+def _close_all() -> None:
+    for engine in list(_open_engines):
+        with contextlib.suppress(PipeshardError):
+            engine.close()
+
+
+atexit.register(_close_all)

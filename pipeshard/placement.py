@@ -1,0 +1,102 @@
+"""The words that decisions are made in: units of a model, tiers of passes, and where each unit's weights live.
+
+Not here: who decides (planner.py), whether it fits (the core). Threads: immutable, all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+__all__ = ["TIERS", "Place", "Placement", "Split", "Tier", "Unit"]
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """The smallest piece of a model that is placed: `blk.3.attn`, `blk.3.expert.17`, `head`.
+
+    `n_rows` is what a Split divides, in multiples of `row_step`; `use` is the share of tokens that need the unit."""
+
+    name: str
+    kind: str
+    layer: int | None
+    expert: int | None
+    n_bytes: int
+    n_rows: int
+    row_step: int
+    kv_bytes_per_tok: int
+    use: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """A class of passes by their number of tokens; a pass belongs to the first tier that holds it. None: any number."""
+
+    name: str
+    max_tok: int | None
+
+
+TIERS = (
+    Tier("decode", 1),
+    Tier("verify", 8),
+    Tier("small", 64),
+    Tier("batch", 512),
+    Tier("prefill", None),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Shares of a unit that are resident in VRAM and streamed to it; the CPU computes the rest, at the same time."""
+
+    vram: float = 0.0
+    stream: float = 0.0
+
+
+Place = Literal["vram", "stream", "cpu"] | Split
+
+
+def _frozen_places(
+    places: Mapping[str, Mapping[str, Place]],
+) -> Mapping[str, Mapping[str, Place]]:
+    # Tiers often share one mapping: keep it one.
+    seen: dict[int, Mapping[str, Place]] = {}
+    return MappingProxyType(
+        {
+            tier: seen.setdefault(id(units), MappingProxyType(dict(units)))
+            for tier, units in places.items()
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a policy decides: for every tier the place of every unit, and how streaming is to go.
+
+    `kv_vram_tok`: of each layer, the newest tokens whose KV stays in VRAM (None: all where its attention is on the
+    GPU). `why`: for people, by unit. `chunk_tok`, `pass_tok`: most tokens of one op and of one pass; 0: as many as the
+    planner finds room for."""
+
+    places: Mapping[str, Mapping[str, Place]]
+    kv_vram_tok: Mapping[int, int] | None = None
+    n_slots: int = 4
+    slot_bytes: int = 32 << 20
+    why: Mapping[str, str] = field(default_factory=dict)
+    per_tier_residency: bool = False
+    chunk_tok: int = 0
+    pass_tok: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "places", _frozen_places(self.places))
+        object.__setattr__(self, "why", MappingProxyType(dict(self.why)))
+        if self.kv_vram_tok is not None:
+            object.__setattr__(self, "kv_vram_tok", MappingProxyType(dict(self.kv_vram_tok)))
+
+    @classmethod
+    def everywhere(
+        cls, units: Mapping[str, Place], why: Mapping[str, str] | None = None
+    ) -> Placement:
+        """The same places in every tier."""
+        return cls(places={tier.name: units for tier in TIERS}, why=why or {})

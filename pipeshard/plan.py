@@ -1,0 +1,463 @@
+"""A plan: the places of all units for every tier, the memory layout's sizes, and the bytes that follow. Immutable data
+that can be printed, compared, stored as JSON, edited by hand and run again.
+
+A loaded plan is checked for its form here and for everything else by the core, when it meets a model.
+
+Not here: deciding (planner.py), laying out and lowering (the core).
+Threads: immutable.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+import operator
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .errors import FileError, FormatError, PlanError
+from .model import Model, check_path
+from .placement import Place, Placement, Split, Tier
+from .sizes import format_bytes
+
+__all__ = ["Plan"]
+
+VERSION = 1
+_KINDS = {"cpu": 0, "vram": 1, "stream": 2}
+_SPLIT = 3
+_MAX_TOK = 1 << 27  # as the core has it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an engine runs by. `bytes`: VRAM by kind, which sum to `needed_bytes`."""
+
+    arch: str
+    digest: str
+    accelerator: bool
+    sm: int
+    n_ctx: int
+    n_seq: int
+    kv: str
+    budget_bytes: int
+    tiers: tuple[Tier, ...]
+    placement: Placement
+    chunk_tok: int
+    pass_tok: int
+    logit_rows: int
+    graph_reserve_bytes: int
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    predicted: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bytes", MappingProxyType(dict(self.bytes)))
+
+    @property
+    def places(self) -> Mapping[str, Mapping[str, Place]]:
+        """Tier to unit to place."""
+        return self.placement.places
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of VRAM, above the baseline."""
+        return sum(self.bytes.values())
+
+    # ---- meeting the core ----
+
+    def bind(self, model: Model) -> _core.Plan:
+        """The plan as the core knows it: checked against this model, laid out, found to fit. PlanError, BudgetError."""
+        if self.digest != model.digest:
+            raise PlanError(
+                f"the plan is for another model ({self.arch}, {self.digest[:12]}) than {model.path} "
+                f"({model.arch}, {model.digest[:12]})"
+            )
+        kinds, shares = _arrays(self.placement, self.tiers, model)
+        return _core.Plan(
+            model._core,
+            [(tier.name, tier.max_tok) for tier in self.tiers],
+            kinds,
+            shares=shares,
+            kv_vram_tok=_kv_array(self.placement.kv_vram_tok, model),
+            accelerator=self.accelerator,
+            sm=self.sm,
+            budget_bytes=self.budget_bytes,
+            n_ctx=self.n_ctx,
+            n_seq=self.n_seq,
+            kv=self.kv,
+            n_slots=self.placement.n_slots,
+            slot_bytes=self.placement.slot_bytes,
+            chunk_tok=self.chunk_tok,
+            pass_tok=self.pass_tok,
+            logit_rows=self.logit_rows,
+            graph_reserve_bytes=self.graph_reserve_bytes,
+        )
+
+    # ---- as data ----
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `save` writes it."""
+        placement = self.placement
+        kv_vram_tok = placement.kv_vram_tok
+        return {
+            "version": VERSION,
+            "model": {"sha256": self.digest, "arch": self.arch},
+            "accelerator": self.accelerator,
+            "sm": self.sm,
+            "n_ctx": self.n_ctx,
+            "n_seq": self.n_seq,
+            "kv": self.kv,
+            "budget_bytes": self.budget_bytes,
+            "tiers": [{"name": tier.name, "max_tok": tier.max_tok} for tier in self.tiers],
+            "places": {
+                tier: {unit: _place_data(place) for unit, place in units.items()}
+                for tier, units in placement.places.items()
+            },
+            "kv_vram_tok": None
+            if kv_vram_tok is None
+            else {str(layer): n for layer, n in kv_vram_tok.items()},
+            "n_slots": placement.n_slots,
+            "slot_bytes": placement.slot_bytes,
+            "per_tier_residency": placement.per_tier_residency,
+            "chunk_tok": self.chunk_tok,
+            "pass_tok": self.pass_tok,
+            "logit_rows": self.logit_rows,
+            "graph_reserve_bytes": self.graph_reserve_bytes,
+            "bytes": dict(self.bytes),
+            "why": dict(placement.why),
+            "predicted": self.predicted,
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        name = check_path("path", path)
+        try:
+            with open(name, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file, indent=1)
+                file.write("\n")
+        except OSError as error:
+            raise _file_error("write", name, error) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """FileError, or FormatError that names the field."""
+        name = check_path("path", path)
+        try:
+            with open(name, encoding="utf-8") as file:
+                data = json.load(file)
+        except OSError as error:
+            raise _file_error("read", name, error) from error
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, nested too deeply
+            raise FormatError(f"{name} is no plan: {error}", path=name, field="json") from error
+        return _Reader(name).plan(data)
+
+    # ---- for people ----
+
+    def diff(self, other: Plan) -> str:
+        """What differs, line by line; "" if the two are equal."""
+        if not isinstance(other, Plan):
+            raise TypeError(f"other must be a Plan, not {type(other).__name__}")
+        lines = difflib.unified_diff(_lines(self), _lines(other), "this", "other", lineterm="", n=0)
+        return "\n".join(line for line in lines if not line.startswith("@@"))
+
+    def explain(self) -> str:
+        """A table that a person reads: what is where, and what it takes."""
+        head = [
+            f"plan for {self.arch}, n_ctx {self.n_ctx}, n_seq {self.n_seq}, KV {self.kv}",
+            f"passes of at most {self.pass_tok} tokens, ops of at most {self.chunk_tok}",
+        ]
+        if self.accelerator:
+            head.append(
+                f"VRAM: {format_bytes(self.needed_bytes)} of a budget of {format_bytes(self.budget_bytes)}"
+            )
+            head += [
+                f"  {kind:<8} {format_bytes(n):>12}" for kind, n in self.bytes.items() if n > 0
+            ]
+        else:
+            head.append("no accelerator: everything is computed by the CPU")
+        return "\n".join([*head, *self._place_table()])
+
+    def _place_table(self) -> list[str]:
+        lines = []
+        for tiers, units in _same_tiers(self.places):
+            lines.append(f"places for {', '.join(tiers)}:")
+            groups = _groups(units, self.placement.why)
+            width = max((len(names) for names, _, _ in groups), default=0)
+            lines += [
+                f"  {names:<{width}}  {place}{'  ' + why if why else ''}"
+                for names, place, why in groups
+            ]
+        return lines
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def __repr__(self) -> str:
+        counts: dict[str, int] = {}
+        for place in self.places[self.tiers[0].name].values():
+            kind = "split" if isinstance(place, Split) else place
+            counts[kind] = counts.get(kind, 0) + 1
+        where = ", ".join(f"{n} {kind}" for kind, n in counts.items())
+        return f"<Plan for {self.arch}: {where}; {self.needed_bytes} of {self.budget_bytes} bytes of VRAM>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.explain())}</pre>"
+
+
+# ---- places as arrays ----
+
+
+def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[Any, Any]:
+    """uint8 kinds [tiers][units] and float32 shares, None where nothing is split. PlanError for what is missing,
+    unknown or no place."""
+    index = {unit.name: i for i, unit in enumerate(model.units)}
+    kinds = np.zeros((len(tiers), len(index)), np.uint8)
+    shares = np.zeros((len(tiers), len(index), 2), np.float32)
+    any_split = False
+    known = {tier.name for tier in tiers}
+    for name in placement.places:
+        if name not in known:
+            raise PlanError(f"there is no tier {name!r}", tier=str(name))
+    for i, tier in enumerate(tiers):
+        units = placement.places.get(tier.name)
+        if units is None:
+            raise PlanError(f"tier {tier.name} has no places", tier=tier.name)
+        if i > 0 and units is placement.places[tiers[i - 1].name]:
+            kinds[i], shares[i] = kinds[i - 1], shares[i - 1]
+            continue
+        for unit, place in units.items():
+            at = index.get(unit)
+            if at is None:
+                raise PlanError(
+                    f"tier {tier.name}: the model has no unit {unit!r}",
+                    unit=str(unit),
+                    tier=tier.name,
+                )
+            if isinstance(place, Split):
+                kinds[i, at] = _SPLIT
+                shares[i, at] = place.vram, place.stream
+                any_split = True
+            elif place in _KINDS:
+                kinds[i, at] = _KINDS[place]
+            else:
+                raise PlanError(
+                    f"unit {unit}, tier {tier.name}: {place!r} is no place; use vram, stream, cpu or a Split",
+                    unit=unit,
+                    tier=tier.name,
+                )
+        if len(units) != len(index):
+            missing = next(name for name in index if name not in units)
+            raise PlanError(
+                f"tier {tier.name} has no place for unit {missing}", unit=missing, tier=tier.name
+            )
+    return kinds, shares if any_split else None
+
+
+def _kv_array(kv_vram_tok: Mapping[int, int] | None, model: Model) -> Any:
+    if kv_vram_tok is None:
+        return None
+    n_layer = model.hparams["n_layer"]
+    array = np.full(n_layer, np.iinfo(np.uint32).max, np.uint32)
+    for layer, n_tok in kv_vram_tok.items():
+        if not 0 <= layer < n_layer or not 0 <= n_tok <= array[layer]:
+            raise PlanError(f"kv_vram_tok: layer {layer} with {n_tok} tokens")
+        array[layer] = n_tok
+    return array
+
+
+# ---- JSON ----
+
+
+def _place_data(place: Place) -> Any:
+    return {"vram": place.vram, "stream": place.stream} if isinstance(place, Split) else place
+
+
+def _file_error(verb: str, name: str, error: OSError) -> FileError:
+    reason = error.strerror or str(error)
+    return FileError(f"cannot {verb} {name}: {reason}", path=name, errno=error.errno)
+
+
+class _Reader:
+    """JSON data into a Plan; every wrong field is a FormatError with its name."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def wrong(self, name: str, what: str) -> FormatError:
+        return FormatError(f"{self.path}: {name}: {what}", path=self.path, field=name)
+
+    def get(self, data: Any, name: str, kind: type | tuple[type, ...], default: Any = ...) -> Any:
+        leaf = name.rsplit(".", 1)[-1]
+        if not isinstance(data, dict):
+            raise self.wrong(name.rpartition(".")[0] or "json", "expected an object")
+        value = data.get(leaf, default)
+        if value is ...:
+            raise self.wrong(name, "missing")
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        # bool is an int to Python, never to us
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self.wrong(name, f"{value!r} is of the wrong type")
+        return value
+
+    def count(
+        self, data: Any, name: str, low: int = 0, default: Any = ..., high: int = (1 << 63) - 1
+    ) -> int:
+        value = self.get(data, name, int, default)
+        if not low <= value <= high:
+            raise self.wrong(name, f"{value} is out of bounds")
+        return operator.index(value)
+
+    def tokens(self, data: Any, name: str, default: Any = ...) -> int:
+        return self.count(data, name, 1, default, _MAX_TOK)
+
+    def plan(self, data: Any) -> Plan:
+        version = self.get(data, "version", int)
+        if version != VERSION:
+            raise self.wrong(
+                "version", f"this version of pipeshard reads plans of version {VERSION}"
+            )
+        model = self.get(data, "model", dict)
+        return Plan(
+            arch=self.get(model, "model.arch", str),
+            digest=self.get(model, "model.sha256", str),
+            accelerator=self.get(data, "accelerator", bool, True),
+            sm=self.count(data, "sm", default=90),
+            n_ctx=self.tokens(data, "n_ctx"),
+            n_seq=self.tokens(data, "n_seq"),
+            kv=self.get(data, "kv", str, "f16"),
+            budget_bytes=self.count(data, "budget_bytes"),
+            tiers=tuple(self.tier(i, tier) for i, tier in enumerate(self.get(data, "tiers", list))),
+            placement=self.placement(data),
+            chunk_tok=self.tokens(data, "chunk_tok"),
+            pass_tok=self.tokens(data, "pass_tok", data.get("chunk_tok")),
+            logit_rows=self.tokens(data, "logit_rows", 8),
+            graph_reserve_bytes=self.count(data, "graph_reserve_bytes", default=0),
+            bytes={
+                str(k): self.count({k: n}, k) for k, n in self.get(data, "bytes", dict, {}).items()
+            },
+            predicted=data.get("predicted"),
+        )
+
+    def tier(self, i: int, data: Any) -> Tier:
+        name = f"tiers[{i}]"
+        max_tok = self.get(data, f"{name}.max_tok", (int, type(None)))
+        if max_tok is not None and not 0 < max_tok < 1 << 32:
+            raise self.wrong(f"{name}.max_tok", f"{max_tok} is out of bounds")
+        return Tier(self.get(data, f"{name}.name", str), max_tok)
+
+    def placement(self, data: Any) -> Placement:
+        places = {
+            tier: {
+                unit: self.place(f"places.{tier}.{unit}", place) for unit, place in units.items()
+            }
+            for tier, units in self.get(data, "places", dict).items()
+            if self.get({tier: units}, tier, dict) is not None
+        }
+        kv = self.get(data, "kv_vram_tok", (dict, type(None)), None)
+        return Placement(
+            places=places,
+            kv_vram_tok=None
+            if kv is None
+            else {self.layer(layer): self.count({layer: n}, layer) for layer, n in kv.items()},
+            n_slots=self.count(data, "n_slots", default=0),
+            slot_bytes=self.count(data, "slot_bytes", default=0),
+            why={str(k): str(v) for k, v in self.get(data, "why", dict, {}).items()},
+            per_tier_residency=self.get(data, "per_tier_residency", bool, False),
+        )
+
+    def layer(self, text: str) -> int:
+        if not text.isascii() or not text.isdigit():
+            raise self.wrong("kv_vram_tok", f"{text!r} is no layer")
+        return int(text)
+
+    def place(self, name: str, data: Any) -> Place:
+        if isinstance(data, dict):
+            shares = {key: self.get(data, key, (int, float), 0.0) for key in ("vram", "stream")}
+            if set(data) - set(shares):
+                raise self.wrong(name, "a split has the shares vram and stream")
+            return Split(**shares)
+        if data not in ("vram", "stream", "cpu"):
+            raise self.wrong(name, f"{data!r} is no place; use vram, stream, cpu or a split")
+        place: Place = data
+        return place
+
+
+# ---- text ----
+
+
+def _lines(plan: Plan) -> list[str]:
+    """A line a fact, so that a difference names what it is about."""
+    data = plan.to_dict()
+    lines = []
+    for key, value in data.items():
+        if key == "places":
+            lines += [
+                f"{tier} {unit}: {json.dumps(place)}"
+                for tier, units in value.items()
+                for unit, place in units.items()
+            ]
+        elif isinstance(value, dict):
+            lines += [f"{key}.{name}: {json.dumps(item)}" for name, item in value.items()]
+        else:
+            lines.append(f"{key}: {json.dumps(value)}")
+    return lines
+
+
+def _same_tiers(
+    places: Mapping[str, Mapping[str, Place]],
+) -> list[tuple[list[str], Mapping[str, Place]]]:
+    found: list[tuple[list[str], Mapping[str, Place]]] = []
+    for tier, units in places.items():
+        for names, others in found:
+            if others is units or others == units:
+                names.append(tier)
+                break
+        else:
+            found.append(([tier], units))
+    return found
+
+
+def _place_text(place: Place) -> str:
+    if not isinstance(place, Split):
+        return place
+    rest = 1.0 - place.vram - place.stream
+    return f"split: vram {place.vram:.0%}, stream {place.stream:.0%}, cpu {rest:.0%}"
+
+
+def _groups(units: Mapping[str, Place], why: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """(names, place, reason): units of one part and place share a line, in the order of the model."""
+    lines: dict[tuple[str, str, str], list[int]] = {}  # part, place and reason to its layers
+    experts: dict[tuple[int, str, str], list[int]] = {}
+    for name, place in units.items():
+        parts, text, reason = name.split("."), _place_text(place), why.get(name, "")
+        if len(parts) == 4 and parts[1].isdigit() and parts[3].isdigit():
+            experts.setdefault((int(parts[1]), text, reason), []).append(int(parts[3]))
+        elif len(parts) == 3 and parts[1].isdigit():
+            lines.setdefault((parts[2], text, reason), []).append(int(parts[1]))
+        else:
+            lines[name, text, reason] = []
+    for (layer, text, reason), numbers in experts.items():
+        lines.setdefault((f"expert.{_ranges(numbers)}", text, reason), []).append(layer)
+    order = {"embed": 0, "attn": 1, "ffn": 2, "router": 3, "expert": 4, "head": 5}
+    return [
+        (f"blk.{_ranges(layers)}.{part}" if layers else part, text, reason)
+        for (part, text, reason), layers in sorted(
+            lines.items(), key=lambda item: (order.get(item[0][0].split(".")[0], 6), item[1][:1])
+        )
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    found: list[list[int]] = []
+    for n in sorted(numbers):
+        if found and n == found[-1][1] + 1:
+            found[-1][1] = n
+        else:
+            found.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in found)

@@ -1,0 +1,282 @@
+"""What a policy works with: the context that it is given, questions to the core about a placement, and the few moves
+that most policies are made of.
+
+A policy is a pure function of its context: no device, no clock, no files. It returns a Placement or raises
+BudgetError.
+
+Not here: which policies there are (__init__.py), the answers to the questions (planner.py).
+Threads: immutable, all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ..errors import BudgetError, PlanError
+from ..placement import Place, Placement, Split, Tier, Unit
+from ..sizes import format_bytes
+
+__all__ = [
+    "GPU_TOK",
+    "Layer",
+    "Place",
+    "Placement",
+    "PolicyContext",
+    "Prediction",
+    "Split",
+    "Tier",
+    "Unit",
+    "check",
+    "fitting",
+    "lump_bytes",
+    "most",
+    "place_units",
+    "same_in_all",
+]
+
+GPU_TOK = 32  # passes of at least as many tokens are worth bringing weights to the GPU, say llama.cpp's policies
+_ALIGN = 256  # of memory that the core lays out
+_PLACES = ("vram", "stream", "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Seconds to the first token and tokens a second, with the interval that the cost model's own error gives, and
+    what no placement under this budget could beat. `prefill`, `decode`: seconds of that time in which each of h2d,
+    d2h, compute, cpu and hand_off held everything up."""
+
+    ttft_s: float
+    ttft_lo: float
+    ttft_hi: float
+    tps: float
+    tps_lo: float
+    tps_hi: float
+    bound_ttft_s: float
+    bound_tps: float
+    plan: Any = None
+    prefill: Mapping[str, float] = field(default_factory=dict)
+    decode: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer's units in two parts: attention with its norms and router; and feed-forward, with experts all of them."""
+
+    index: int
+    attn: tuple[Unit, ...]
+    ffn: tuple[Unit, ...]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return self.attn + self.ffn
+
+
+@dataclass(frozen=True)
+class PolicyContext:
+    """All that a policy may look at. `profile` and `cost` describe the machine; `sizes`: tokens of one op that a
+    placement may ask for, largest first. The two questions are answered by whoever makes the context."""
+
+    units: tuple[Unit, ...]
+    tiers: tuple[Tier, ...]
+    budget_bytes: int
+    n_ctx: int
+    n_seq: int = 1
+    threads: int = 1
+    profile: Any = None
+    cost: Any = None
+    sizes: tuple[int, ...] = (2048, 512, 128, 64)
+    ask_needs: Callable[[Placement], int] | None = field(default=None, repr=False, compare=False)
+    ask_simulate: Callable[[Placement, int], Prediction] | None = field(
+        default=None, repr=False, compare=False
+    )
+
+    def needs(self, placement: Placement) -> int:
+        """Bytes of VRAM that a placement takes, everything counted, whatever the budget is."""
+        if self.ask_needs is None:
+            raise PlanError("this context was made without anyone who knows what placements need")
+        return self.ask_needs(placement)
+
+    def fits(self, placement: Placement) -> bool:
+        return self.needs(placement) <= self.budget_bytes
+
+    def simulate(self, placement: Placement, n_prompt: int = 1024) -> Prediction:
+        """How fast it would be: a prompt of this many tokens, and tokens behind it."""
+        if self.ask_simulate is None:
+            raise PlanError(
+                "this context was made without anyone who knows how fast placements are"
+            )
+        return self.ask_simulate(placement, n_prompt)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        parts: dict[int, tuple[list[Unit], list[Unit]]] = {}
+        for unit in self.units:
+            if unit.layer is not None:
+                part = parts.setdefault(unit.layer, ([], []))
+                part[0 if unit.kind in ("attn", "router") else 1].append(unit)
+        return tuple(Layer(i, tuple(a), tuple(f)) for i, (a, f) in sorted(parts.items()))
+
+    @cached_property
+    def outer(self) -> tuple[Unit, ...]:
+        """What is in no layer: the token table and the head."""
+        return tuple(unit for unit in self.units if unit.layer is None)
+
+    @property
+    def head(self) -> tuple[Unit, ...]:
+        return tuple(unit for unit in self.outer if unit.kind == "head")
+
+    @cached_property
+    def has_experts(self) -> bool:
+        return any(unit.kind == "expert" for unit in self.units)
+
+
+# ---- moves ----
+
+
+def place_units(
+    ctx: PolicyContext,
+    default: Place = "cpu",
+    *,
+    vram: Iterable[Unit] = (),
+    stream: Iterable[Unit] = (),
+    cpu: Iterable[Unit] = (),
+) -> dict[str, Place]:
+    """A place for every unit: `default` where nothing else is said."""
+    places: dict[str, Place] = dict.fromkeys((unit.name for unit in ctx.units), default)
+    for place, units in (("vram", vram), ("stream", stream), ("cpu", cpu)):
+        places.update(dict.fromkeys((unit.name for unit in units), place))  # type: ignore[arg-type]
+    return places
+
+
+def same_in_all(
+    ctx: PolicyContext, places: Mapping[str, Place], *, n_slots: int = 0, slot_bytes: int = 0
+) -> Placement:
+    """The same places in every tier."""
+    return Placement(
+        places={tier.name: places for tier in ctx.tiers}, n_slots=n_slots, slot_bytes=slot_bytes
+    )
+
+
+def lump_bytes(*groups: Iterable[Unit]) -> int:
+    """A slot that holds each of the groups of units whole, a group one after the other; 0 where there is none."""
+    sizes = (sum(_aligned(unit.n_bytes) for unit in group) for group in groups)
+    return max(sizes, default=0)
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // _ALIGN) * _ALIGN
+
+
+def fitting(ctx: PolicyContext, placement: Placement) -> Placement:
+    """The placement, or BudgetError where it does not fit."""
+    needed = ctx.needs(placement)
+    if needed > ctx.budget_bytes:
+        raise BudgetError(
+            f"this placement needs {format_bytes(needed)} of VRAM, and the budget is {format_bytes(ctx.budget_bytes)}",
+            needed=needed,
+            budget=ctx.budget_bytes,
+        )
+    return placement
+
+
+def most(ctx: PolicyContext, high: int, make: Callable[[int], Placement]) -> int:
+    """The largest n of 0 to `high` whose placement fits, where more needs more. BudgetError where not even 0 does.
+
+    Bytes grow almost evenly, so looking where a straight line meets the budget takes a few questions."""
+    fitting(ctx, low_end := make(0))
+    need_high = ctx.needs(make(high)) if high > 0 else 0
+    if need_high <= ctx.budget_bytes:
+        return high
+    low, need_low = 0, ctx.needs(low_end)
+    tries = 0
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tries < 6:  # then halving is sure to end soon
+            share = (ctx.budget_bytes - need_low) / max(1, need_high - need_low)
+            middle = min(max(low + int(share * (high - low)), low + 1), high - 1)
+        tries += 1
+        needed = ctx.needs(make(middle))
+        if needed <= ctx.budget_bytes:
+            low, need_low = middle, needed
+        else:
+            high, need_high = middle, needed
+    return low
+
+
+# ---- is it a placement at all ----
+
+
+def check(ctx: PolicyContext, placement: Placement) -> Placement:
+    """The placement, or PlanError that names unit and tier. What the core knows better (sizes) is left to it."""
+    if not isinstance(placement, Placement):
+        raise PlanError(f"a policy returns a Placement, not {type(placement).__name__}")
+    names = {unit.name for unit in ctx.units}
+    for tier_name in placement.places:
+        if tier_name not in {tier.name for tier in ctx.tiers}:
+            raise PlanError(f"there is no tier {tier_name!r}", tier=str(tier_name))
+    seen: Mapping[str, Place] | None = None
+    first: Mapping[str, Place] | None = None
+    for tier in ctx.tiers:
+        places = placement.places.get(tier.name)
+        if places is None:
+            raise PlanError(f"tier {tier.name} has no places", tier=tier.name)
+        if places is seen:
+            continue
+        _check_coverage(names, places, tier)
+        _check_places(placement, places, tier)
+        if first is not None and not placement.per_tier_residency:
+            _check_residency(first, places, tier)
+        first = first or places
+        seen = places
+    return placement
+
+
+def _check_coverage(names: set[str], places: Mapping[str, Place], tier: Tier) -> None:
+    if names == places.keys():
+        return
+    for name in places:
+        if name not in names:
+            raise PlanError(
+                f"tier {tier.name}: the model has no unit {name!r}", unit=str(name), tier=tier.name
+            )
+    missing = next(name for name in names if name not in places)
+    raise PlanError(
+        f"tier {tier.name} has no place for unit {missing}", unit=missing, tier=tier.name
+    )
+
+
+def _check_places(placement: Placement, places: Mapping[str, Place], tier: Tier) -> None:
+    ring = placement.n_slots > 0 and placement.slot_bytes > 0
+    for name, place in places.items():
+        what = ""
+        if isinstance(place, Split):
+            shares = (place.vram, place.stream)
+            if not (min(shares) >= 0 and sum(shares) <= 1 + 1e-6):
+                what = f"shares of a split lie between 0 and 1 and sum to 1 at most, not {place}"
+            elif place.stream > 0 and not ring:
+                what = "streams, but the placement has no ring; give n_slots and slot_bytes"
+        elif place not in _PLACES:
+            what = f"{place!r} is no place; use vram, stream, cpu or a Split"
+        elif place == "stream" and not ring:
+            what = "streams, but the placement has no ring; give n_slots and slot_bytes"
+        if what:
+            raise PlanError(f"unit {name}, tier {tier.name}: {what}", unit=name, tier=tier.name)
+
+
+def vram_share(place: Place) -> float:
+    """What of a unit is resident."""
+    return place.vram if isinstance(place, Split) else 1.0 if place == "vram" else 0.0
+
+
+def _check_residency(first: Mapping[str, Place], places: Mapping[str, Place], tier: Tier) -> None:
+    for name, place in places.items():
+        if place is not first[name] and vram_share(place) != vram_share(first[name]):
+            raise PlanError(
+                f"unit {name}, tier {tier.name}: its share of VRAM differs from another tier's; say "
+                f"per_tier_residency=True where that is meant",
+                unit=name,
+                tier=tier.name,
+            )
