@@ -521,6 +521,7 @@ def test_ctrl_c_is_answered_and_the_engine_goes_on(llama: str) -> None:
     script = """
         import os, signal, sys, threading, time
         import pipeshard as ps
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
         engine = ps.Engine(sys.argv[1], device="host", n_ctx=2048, threads=1)
         expected = engine.generate([5] * 20, max_tokens=8, temperature=0)
         for call in (lambda: engine.logits([5] * 2000),
