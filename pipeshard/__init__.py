@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._profile import Profile
 from ._version import __version__
 from .emu import EmuDevice, Fault
 from .engine import Engine
@@ -44,6 +45,7 @@ __all__ = [
     "PlanError",
     "PolicyContext",
     "Prediction",
+    "Profile",
     "RequestError",
     "Split",
     "Tier",
