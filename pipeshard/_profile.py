@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -220,19 +220,20 @@ class _Fields:
             raise self.error(self._prefix + key, what)
         return value
 
-    def keys(self) -> Iterable[object]:
-        return self._data.keys()
+    @property
+    def names(self) -> list[object]:
+        return list(self._data)
 
 
 def _sample(row: object, where: str, path: str | None) -> Sample:
     reader = _Fields(row, path, prefix=where + ".")
-    unknown = [key for key in reader.keys() if key not in _SAMPLE_FIELDS]
+    unknown = [key for key in reader.names if key not in _SAMPLE_FIELDS]
     if unknown:
         raise reader.error(f"{where}.{unknown[0]}", "left out: samples have no such field")
     values = {
         item.name: reader.expect(item.name, *_SAMPLE_FIELDS[item.name])
         for item in fields(Sample)
-        if item.name not in _OPTIONAL or item.name in reader.keys()
+        if item.name not in _OPTIONAL or item.name in reader.names
     }
     return Sample(**(values | {"seconds": float(values["seconds"])}))
 
