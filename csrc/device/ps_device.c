@@ -509,6 +509,40 @@ uint64_t ps_stream_time_ns(ps_device *d, ps_stream *s)
     return s == NULL || s->capture != 0 ? 0 : d->v->stream_time_ns(d, s);
 }
 
+/* ---- marks ---- */
+
+ps_status ps_device_mark(ps_device *d, ps_stream *s, ps_event *e, ps_err *err)
+{
+    ps_device_base *b = ps_base_of(d);
+    ps_err own = {0};
+    if (err == NULL) err = &own;
+    ps_check_bug(s != NULL && e != NULL && e->side == PS_EVENT_NEVER, err);
+    ps_status status = check_alive(b, err);
+    if (status == PS_OK) status = d->v->mark(d, s, e, err);
+    if (status == PS_OK) e->mark_side = s->role == PS_STREAM_CPU ? PS_EVENT_CPU : PS_EVENT_ACCEL;
+    return note(b, s, status, err);
+}
+
+ps_status ps_device_mark_time(ps_device *d, ps_event *e, uint64_t *ns, ps_err *err)
+{
+    ps_device_base *b = ps_base_of(d);
+    *ns = 0;
+    ps_check_bug(e != NULL && e->mark_side != PS_EVENT_NEVER, err);
+    ps_status status = check_alive(b, err);
+    if (status != PS_OK) return status;
+    return note(b, NULL, d->v->mark_time(d, e, ns, err), err);
+}
+
+ps_status ps_device_tie_clocks(ps_device *d, uint64_t *now_ns, uint64_t *error_ns, ps_err *err)
+{
+    ps_device_base *b = ps_base_of(d);
+    *now_ns = *error_ns = 0;
+    ps_status status = check_alive(b, err);
+    if (status == PS_OK) status = check_not_capturing(b, err);
+    if (status != PS_OK) return status;
+    return note(b, NULL, d->v->tie_clocks(d, now_ns, error_ns, err), err);
+}
+
 /* ---- flags ---- */
 
 static ps_status check_flag(

@@ -190,6 +190,17 @@ typedef struct ps_device_vtable {
      */
     uint64_t (*stream_time_ns)(ps_device *d, ps_stream *s);
 
+    /* Times for traces, apart from any order. mark stamps `e` when the stream gets there; in a
+     * capture it becomes part of the graph, which stamps it anew in every replay and which it must
+     * outlive. Nothing can wait for a mark: an event is one or the other. mark_time: once the
+     * stream is in sync; on the clock that tie_clocks began, virtual on emu. */
+    ps_status (*mark)(ps_device *d, ps_stream *s, ps_event *e, ps_err *err);
+    ps_status (*mark_time)(ps_device *d, ps_event *e, uint64_t *ns, ps_err *err);
+    /* Brings accelerator and CPU streams to one clock, where they have two: *now_ns is that clock
+     * now, *error_ns by how much times of the two kinds may be apart. They drift: tie again after a
+     * while. No stream may be busy. */
+    ps_status (*tie_clocks)(ps_device *d, uint64_t *now_ns, uint64_t *error_ns, ps_err *err);
+
     /* `flag` is a 4-byte word of locked memory. wait ends when the word equals `value` or the abort
      * word is set. */
     ps_status (*flag_set)(ps_device *d, ps_stream *s, uint32_t *flag, uint32_t value, ps_err *err);
@@ -250,6 +261,9 @@ ps_status ps_device_sync(ps_device *d, ps_stream *s, ps_err *err);
 bool ps_stream_idle(ps_device *d, ps_stream *s);
 ps_status ps_device_elapsed(ps_device *d, ps_event *from, ps_event *to, uint64_t *ns, ps_err *err);
 uint64_t ps_stream_time_ns(ps_device *d, ps_stream *s);
+ps_status ps_device_mark(ps_device *d, ps_stream *s, ps_event *e, ps_err *err);
+ps_status ps_device_mark_time(ps_device *d, ps_event *e, uint64_t *ns, ps_err *err);
+ps_status ps_device_tie_clocks(ps_device *d, uint64_t *now_ns, uint64_t *error_ns, ps_err *err);
 ps_status ps_device_flag_set(
     ps_device *d, ps_stream *s, uint32_t *flag, uint32_t value, ps_err *err);
 ps_status ps_device_flag_wait(

@@ -19,7 +19,10 @@
 
 #include <string.h>
 
-enum { POLL_SLEEP_NS = 40 }; /* between two looks over the bus, which take a microsecond each */
+enum {
+    POLL_SLEEP_NS = 40, /* between two looks over the bus, which take a microsecond each */
+    TIES = 3,           /* of which the tightest counts: the host may be interrupted in between */
+};
 
 static cudaStream_t native_stream(const ps_stream *s)
 {
@@ -370,6 +373,62 @@ static uint64_t cuda_stream_time_ns(ps_device *d, ps_stream *s)
     return ns;
 }
 
+/* ---- marks ---- */
+
+/* "External": in a capture the event becomes a node that each launch records, instead of a point
+ * that later work of the capture could wait for. */
+static ps_status cuda_mark(ps_device *d, ps_stream *s, ps_event *e, ps_err *err)
+{
+    if (s->lane != NULL) return ps_soft_mark(d, s, e, err);
+    ps_cuda_device *c = ps_cuda_of(d);
+    bool entered = ps_cuda_enter(c);
+    cudaError_t rc = cudaEventRecordWithFlags((cudaEvent_t)e->native, native_stream(s),
+        s->capture != 0 ? cudaEventRecordExternal : cudaEventRecordDefault);
+    ps_status status = check_stream(rc, "marking a time", s, err);
+    ps_cuda_leave(c, entered);
+    return status;
+}
+
+/* From the tie and not from the epoch: CUDA tells times apart in a float of milliseconds, which
+ * after a minute cannot hold microseconds. */
+static ps_status cuda_mark_time(ps_device *d, ps_event *e, uint64_t *ns, ps_err *err)
+{
+    if (e->mark_side == PS_EVENT_CPU) return ps_soft_mark_time(d, e, ns, err);
+    ps_cuda_device *c = ps_cuda_of(d);
+    bool entered = ps_cuda_enter(c);
+    ps_status status = elapsed_ns(c->tie[0], (cudaEvent_t)e->native, ns, err);
+    ps_cuda_leave(c, entered);
+    *ns += c->tie_ns;
+    return status;
+}
+
+/* The event happens between two looks at the host's clock: in their middle, say we. */
+static ps_status cuda_tie_clocks(ps_device *d, uint64_t *now_ns, uint64_t *error_ns, ps_err *err)
+{
+    ps_cuda_device *c = ps_cuda_of(d);
+    uint64_t best_ns = UINT64_MAX;
+    cudaError_t rc = cudaSuccess;
+    bool entered = ps_cuda_enter(c);
+    for (int i = 0; i < TIES && rc == cudaSuccess; i++) {
+        uint64_t before_ns = ps_hub_now_ns(&c->base.hub);
+        rc = cudaEventRecord(c->tie[1], c->service);
+        if (rc == cudaSuccess) rc = cudaEventSynchronize(c->tie[1]);
+        uint64_t took_ns = ps_hub_now_ns(&c->base.hub) - before_ns;
+        if (rc != cudaSuccess || took_ns >= best_ns) continue;
+        cudaEvent_t tighter = c->tie[1];
+        c->tie[1] = c->tie[0];
+        c->tie[0] = tighter;
+        c->tie_ns = before_ns + took_ns / 2;
+        best_ns = took_ns;
+    }
+    ps_status status = ps_cuda_check(rc, "reading the device's clock", err);
+    ps_cuda_leave(c, entered);
+    if (status != PS_OK) return status;
+    *error_ns = best_ns / 2;
+    *now_ns = ps_hub_now_ns(&c->base.hub);
+    return PS_OK;
+}
+
 /* ---- operations ---- */
 
 static ps_status cuda_copy_in(
@@ -553,6 +612,9 @@ const ps_device_vtable ps_device_cuda_vtable = {
     cuda_idle,
     cuda_elapsed,
     cuda_stream_time_ns,
+    cuda_mark,
+    cuda_mark_time,
+    cuda_tie_clocks,
     cuda_flag_set,
     cuda_flag_wait,
     cuda_graph_begin,

@@ -31,6 +31,8 @@ typedef struct ps_cuda_device {
     const uint32_t *d_abort; /* the same word as kernels see it */
     cudaStream_t service;    /* owns: for what belongs to none of the user's streams */
     cudaEvent_t epoch;       /* owns: zero of stream times */
+    cudaEvent_t tie[2];      /* own: tie[0] is the event that times of marks are measured from */
+    uint64_t tie_ns;         /* when tie[0] happened, on the clock of the CPU streams */
     bool same_address;       /* kernels see registered host memory at its host address */
 } ps_cuda_device;
 

@@ -25,6 +25,8 @@ extern "C" void ps_device_cuda_close(ps_device *d)
         bool entered = ps_cuda_enter(c);
         ps_cublas_close(c->cublas);
         if (c->epoch != NULL) cudaEventDestroy(c->epoch);
+        for (int i = 0; i < 2; i++)
+            if (c->tie[i] != NULL) cudaEventDestroy(c->tie[i]);
         if (c->service != NULL) cudaStreamDestroy(c->service);
         if (c->h_abort != NULL) cudaFreeHost(c->h_abort);
         cudaGetLastError();
@@ -148,7 +150,10 @@ static ps_status make_epoch(ps_cuda_device *c, ps_err *err)
 {
     cudaError_t rc = cudaEventCreateWithFlags(&c->epoch, cudaEventDefault);
     if (rc == cudaSuccess) rc = cudaStreamCreateWithFlags(&c->service, cudaStreamNonBlocking);
+    for (int i = 0; i < 2 && rc == cudaSuccess; i++)
+        rc = cudaEventCreateWithFlags(&c->tie[i], cudaEventDefault);
     if (rc == cudaSuccess) rc = cudaEventRecord(c->epoch, c->service);
+    if (rc == cudaSuccess) rc = cudaEventRecord(c->tie[0], c->service);
     if (rc == cudaSuccess) rc = cudaStreamSynchronize(c->service);
     return ps_cuda_check(rc, "starting the device's clock", err);
 }

@@ -33,7 +33,9 @@ struct ps_event {
     uint32_t capture;   /* number of the capture that the last record is part of; 0: none */
     ps_record *record;  /* software: the last one; owns a reference, or borrows from its graph */
     bool borrows;       /* the latter */
-    void *native;       /* owns: the CUDA device's part */
+    ps_event_side mark_side; /* of the last mark; NEVER: there was none */
+    ps_mark mark;            /* software: its time */
+    void *native;            /* owns: the CUDA device's part */
 };
 
 struct ps_graph {
@@ -100,6 +102,9 @@ ps_status ps_soft_sync(ps_device *d, ps_stream *s, ps_err *err);
 bool ps_soft_idle(ps_device *d, ps_stream *s);
 ps_status ps_soft_elapsed(ps_device *d, ps_event *from, ps_event *to, uint64_t *ns, ps_err *err);
 uint64_t ps_soft_stream_time_ns(ps_device *d, ps_stream *s);
+ps_status ps_soft_mark(ps_device *d, ps_stream *s, ps_event *e, ps_err *err);
+ps_status ps_soft_mark_time(ps_device *d, ps_event *e, uint64_t *ns, ps_err *err);
+ps_status ps_soft_tie_clocks(ps_device *d, uint64_t *now_ns, uint64_t *error_ns, ps_err *err);
 ps_status ps_soft_flag_set(ps_device *d, ps_stream *s, uint32_t *flag, uint32_t value, ps_err *err);
 ps_status ps_soft_flag_wait(
     ps_device *d, ps_stream *s, uint32_t *flag, uint32_t value, ps_err *err);
@@ -122,7 +127,8 @@ ps_status ps_soft_capture_wait(ps_device_base *base, ps_stream *s, ps_event *e, 
     .event_create = ps_soft_event_create, .event_destroy = ps_soft_event_destroy,                  \
     .copy_in = ps_soft_copy_in, .copy_out = ps_soft_copy_out, .run = ps_soft_run,                  \
     .record = ps_soft_record, .wait = ps_soft_wait, .sync = ps_soft_sync, .idle = ps_soft_idle,    \
-    .elapsed = ps_soft_elapsed, .stream_time_ns = ps_soft_stream_time_ns,                          \
+    .elapsed = ps_soft_elapsed, .stream_time_ns = ps_soft_stream_time_ns, .mark = ps_soft_mark,    \
+    .mark_time = ps_soft_mark_time, .tie_clocks = ps_soft_tie_clocks,                              \
     .flag_set = ps_soft_flag_set, .flag_wait = ps_soft_flag_wait,                                  \
     .graph_begin = ps_soft_graph_begin, .graph_end = ps_soft_graph_end,                            \
     .graph_launch = ps_soft_graph_launch, .graph_destroy = ps_soft_graph_destroy,                  \

@@ -25,6 +25,7 @@ enum {
 
 typedef struct job {
     ps_lane *lane;
+    uint64_t host_ns; /* of the hub, when it was enqueued */
     ps_lane_op op;
 } job;
 _Static_assert(
@@ -207,6 +208,7 @@ uint32_t ps_lane_op_bytes(ps_lane_op_kind kind, uint32_t args_bytes)
     case PS_LANE_RUN: n += offsetof(ps_lane_run, args) + args_bytes; break;
     case PS_LANE_RECORD:
     case PS_LANE_WAIT:
+    case PS_LANE_MARK:
     case PS_LANE_GRAPH: n += sizeof(void *); break;
     case PS_LANE_FLAG_SET:
     case PS_LANE_FLAG_WAIT: n += sizeof(ps_lane_flag); break;
@@ -217,6 +219,7 @@ uint32_t ps_lane_op_bytes(ps_lane_op_kind kind, uint32_t args_bytes)
 static void job_main(void *arg)
 {
     job *j = arg;
+    if (j->lane->hub->virtual_clock) j->lane->time_ns = ps_max_u64(j->lane->time_ns, j->host_ns);
     ps_lane_exec(j->lane, &j->op);
 }
 
@@ -224,6 +227,7 @@ void ps_lane_push(ps_lane *lane, const ps_lane_op *op)
 {
     job j;
     j.lane = lane;
+    j.host_ns = lane->hub->host_ns;
     memcpy(&j.op, op, op->n_bytes);
     ps_worker_push(lane->worker, job_main, &j, (uint32_t)offsetof(job, op) + op->n_bytes);
 }
@@ -279,6 +283,8 @@ void ps_lane_destroy(ps_lane *lane)
 ps_status ps_lane_sync(ps_lane *lane, ps_err *err)
 {
     ps_worker_drain(lane->worker);
+    if (lane->hub->virtual_clock)
+        lane->hub->host_ns = ps_max_u64(lane->hub->host_ns, lane->time_ns);
     ps_status status = lane->failure.status;
     if (status == PS_OK) return PS_OK;
     ps_fail(err, status, "%s", lane->failure.message);
@@ -396,7 +402,8 @@ void ps_lane_exec(ps_lane *lane, const ps_lane_op *op)
         ps_bell_ring(&hub->bell);
         break;
     case PS_LANE_GRAPH: ps_soft_graph_exec(lane, op->u.graph); break;
-    case PS_LANE_RECORD: break;
+    case PS_LANE_RECORD:
+    case PS_LANE_MARK: break;
     }
     if (!hub->virtual_clock) lane->time_ns = ps_hub_now_ns(hub);
     if (op->kind == PS_LANE_RECORD) {
@@ -404,5 +411,8 @@ void ps_lane_exec(ps_lane *lane, const ps_lane_op *op)
         __atomic_store_n(&op->u.record->done, 1, __ATOMIC_RELEASE);
         ps_record_release(op->u.record);
         ps_bell_ring(&hub->bell);
+    } else if (op->kind == PS_LANE_MARK) {
+        op->u.mark->time_ns = lane->time_ns;
+        __atomic_store_n(&op->u.mark->done, 1, __ATOMIC_RELEASE);
     }
 }

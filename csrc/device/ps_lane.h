@@ -35,6 +35,12 @@ typedef struct ps_record {
     uint64_t time_ns;
 } ps_record;
 
+/* When a stream got to a point: what traces are made of. Written by the lane, read after a sync. */
+typedef struct ps_mark {
+    uint32_t done; /* atomic; orders time_ns */
+    uint64_t time_ns;
+} ps_mark;
+
 typedef struct ps_flag_entry {
     const uint32_t *flag;
     uint32_t i_cell;
@@ -61,6 +67,8 @@ typedef struct ps_hub {
     ps_bell bell;  /* rung when an event, a flag, a graph or the abort word changed */
 
     /* the engine's thread only: */
+    uint64_t host_ns; /* virtual clock: the latest time that this thread has synced with. What it
+                         enqueues from then on does not start before. */
     uint32_t n_lanes_made; /* seeds differ by it */
     ps_record **chunks;    /* owns [n_chunks][chunk_sizes[i]] */
     uint32_t *chunk_sizes; /* owns */
@@ -83,6 +91,7 @@ typedef enum ps_lane_op_kind {
     PS_LANE_FLAG_SET,
     PS_LANE_FLAG_WAIT,
     PS_LANE_GRAPH,
+    PS_LANE_MARK,
 } ps_lane_op_kind;
 
 typedef struct ps_lane_copy {
@@ -111,6 +120,7 @@ typedef struct ps_lane_op {
         ps_record *record; /* RECORD and WAIT; one reference belongs to the operation */
         ps_lane_flag flag;
         ps_soft_graph *graph;
+        ps_mark *mark; /* borrows */
     } u __attribute__((aligned(16)));
 } ps_lane_op;
 

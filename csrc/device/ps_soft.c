@@ -159,6 +159,35 @@ uint64_t ps_soft_stream_time_ns(ps_device *d, ps_stream *s)
     return s->lane->time_ns;
 }
 
+/* ---- marks ---- */
+
+ps_status ps_soft_mark(ps_device *d, ps_stream *s, ps_event *e, ps_err *err)
+{
+    ps_lane_op op = {
+        .kind = PS_LANE_MARK, .n_bytes = ps_lane_op_bytes(PS_LANE_MARK, 0), .u.mark = &e->mark};
+    __atomic_store_n(&e->mark.done, 0, __ATOMIC_RELAXED);
+    return enqueue(d, s, &op, err);
+}
+
+ps_status ps_soft_mark_time(ps_device *d, ps_event *e, uint64_t *ns, ps_err *err)
+{
+    (void)d;
+    if (__atomic_load_n(&e->mark.done, __ATOMIC_ACQUIRE) == 0)
+        return ps_fail(err, PS_EINTERNAL, "the time of a mark that no stream has got to");
+    *ns = e->mark.time_ns;
+    return PS_OK;
+}
+
+/* All lanes have the clock of their hub. */
+ps_status ps_soft_tie_clocks(ps_device *d, uint64_t *now_ns, uint64_t *error_ns, ps_err *err)
+{
+    (void)err;
+    const ps_hub *hub = &ps_base_of(d)->hub;
+    *now_ns = hub->virtual_clock ? hub->host_ns : ps_hub_now_ns(hub);
+    *error_ns = 0;
+    return PS_OK;
+}
+
 static ps_status enqueue_flag(
     ps_device *d, ps_stream *s, ps_lane_op_kind kind, uint32_t *flag, uint32_t value, ps_err *err)
 {

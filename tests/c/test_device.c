@@ -326,6 +326,105 @@ DEVICE_TEST(elapsed)
 
 /* More records than queue places, all of one event, with waits in between: records must be
  * recycled, not run out. */
+/* ---- marks ---- */
+
+/* Times of all streams are on one clock: what happens behind an event, or a flag, is not earlier.
+ * On cuda the CPU's clock is another, tied to within *error. */
+DEVICE_TEST(marks_tell_when)
+{
+    static const ps_cost cost = {.bytes = 1000};
+    uint32_t *flag = NULL;
+    uint64_t now = 0, error = 1, at[6];
+    ps_event *mark[6], *handed = NULL;
+    ps_dptr a, b;
+    DO_OK(ps_device_locked_alloc(f->d, 64, (void **)&flag, &f->err));
+    DO_OK(ps_device_alloc(f->d, 4096, &a, &f->err));
+    DO_OK(ps_device_alloc(f->d, 4096, &b, &f->err));
+    DO_OK(ps_event_create(f->d, &handed, &f->err));
+    for (int i = 0; i < 6; i++) DO_OK(ps_event_create(f->d, &mark[i], &f->err));
+    DO_OK(ps_device_tie_clocks(f->d, &now, &error, &f->err));
+    PS_CHECK(f->kind == PS_DEVICE_CUDA || error == 0);
+    for (int round = 0; round < 3; round++) { /* the same events again and again */
+        __atomic_store_n(flag, 0, __ATOMIC_RELEASE);
+        DO_OK(ps_device_mark(f->d, f->compute, mark[0], &f->err));
+        DO_OK(op_copy(f, f->compute, b, a, 4096, &cost));
+        DO_OK(ps_device_mark(f->d, f->compute, mark[1], &f->err));
+        DO_OK(ps_device_record(f->d, f->compute, handed, &f->err));
+        DO_OK(ps_device_flag_set(f->d, f->compute, flag, 1, &f->err));
+        DO_OK(ps_device_wait(f->d, f->d2h, handed, &f->err));
+        DO_OK(ps_device_mark(f->d, f->d2h, mark[2], &f->err));
+        DO_OK(ps_device_mark(f->d, f->cpu, mark[3], &f->err));
+        DO_OK(ps_device_flag_wait(f->d, f->cpu, flag, 1, &f->err));
+        DO_OK(ps_device_mark(f->d, f->cpu, mark[4], &f->err));
+        DO_OK(ps_device_mark(f->d, f->h2d, mark[5], &f->err));
+        ps_stream *streams[] = {f->compute, f->h2d, f->d2h, f->cpu};
+        for (int i = 0; i < 4; i++) DO_OK(ps_device_sync(f->d, streams[i], &f->err));
+        for (int i = 0; i < 6; i++) DO_OK(ps_device_mark_time(f->d, mark[i], &at[i], &f->err));
+        PS_CHECK(at[0] + error >= now && at[1] >= at[0] && at[2] >= at[1]);
+        PS_CHECK(at[4] >= at[3] && at[4] + error >= at[1] && at[5] + error >= now);
+        if (f->kind == PS_DEVICE_EMU) PS_CHECK(at[1] > at[0]);
+        /* The engine's thread has seen all of it: what comes next is later on every stream. */
+        for (int i = 0; i < 6; i++) now = at[i] > now ? at[i] : now;
+        if (f->kind == PS_DEVICE_CUDA)
+            now = 0;
+        else
+            DO_OK(ps_device_tie_clocks(f->d, &at[0], &error, &f->err));
+        if (f->kind == PS_DEVICE_EMU) PS_CHECK_EQ_U64(at[0], now);
+    }
+    for (int i = 0; i < 6; i++) ps_event_destroy(f->d, mark[i]);
+}
+
+DEVICE_TEST(marks_are_no_events)
+{
+    ps_event *e = NULL, *mark = NULL;
+    uint64_t ns = 1;
+    DO_OK(ps_event_create(f->d, &e, &f->err));
+    DO_OK(ps_event_create(f->d, &mark, &f->err));
+    DO_FAIL(ps_device_mark_time(f->d, mark, &ns, &f->err), PS_EINTERNAL);
+    PS_CHECK_EQ_U64(ns, 0);
+    DO_OK(ps_device_record(f->d, f->compute, e, &f->err));
+    DO_FAIL(ps_device_mark(f->d, f->compute, e, &f->err), PS_EINTERNAL);
+    DO_OK(ps_device_mark(f->d, f->compute, mark, &f->err));
+    DO_FAIL(ps_device_wait(f->d, f->h2d, mark, &f->err), PS_EINTERNAL);
+    DO_OK(ps_device_sync(f->d, f->compute, &f->err));
+    DO_OK(ps_device_mark_time(f->d, mark, &ns, &f->err));
+}
+
+/* Marks in a graph are stamped by every replay, also on a stream that joined it. */
+DEVICE_TEST(marks_in_graphs)
+{
+    ps_event *fork = NULL, *join = NULL, *mark[2];
+    ps_graph *g = NULL;
+    uint64_t now = 0, error = 0, last[2] = {0, 0};
+    ps_dptr a, b;
+    static const ps_cost cost = {.bytes = 1000};
+    DO_OK(ps_device_alloc(f->d, 4096, &a, &f->err));
+    DO_OK(ps_device_alloc(f->d, 4096, &b, &f->err));
+    DO_OK(ps_event_create(f->d, &fork, &f->err));
+    DO_OK(ps_event_create(f->d, &join, &f->err));
+    for (int i = 0; i < 2; i++) DO_OK(ps_event_create(f->d, &mark[i], &f->err));
+    DO_OK(ps_graph_begin(f->d, f->compute, &f->err));
+    DO_OK(ps_device_record(f->d, f->compute, fork, &f->err));
+    DO_OK(ps_device_wait(f->d, f->h2d, fork, &f->err));
+    DO_OK(op_copy(f, f->h2d, b, a, 4096, &cost));
+    DO_OK(ps_device_mark(f->d, f->h2d, mark[0], &f->err));
+    DO_OK(ps_device_record(f->d, f->h2d, join, &f->err));
+    DO_OK(ps_device_wait(f->d, f->compute, join, &f->err));
+    DO_OK(ps_device_mark(f->d, f->compute, mark[1], &f->err));
+    DO_OK(ps_graph_end(f->d, f->compute, &g, &f->err));
+    DO_OK(ps_device_tie_clocks(f->d, &now, &error, &f->err));
+    for (int round = 0; round < 3; round++) {
+        uint64_t at[2];
+        DO_OK(ps_graph_launch(f->d, f->compute, g, &f->err));
+        DO_OK(ps_device_sync(f->d, f->compute, &f->err));
+        for (int i = 0; i < 2; i++) DO_OK(ps_device_mark_time(f->d, mark[i], &at[i], &f->err));
+        PS_CHECK(at[0] > last[1] && at[1] >= at[0]);
+        memcpy(last, at, sizeof last);
+    }
+    ps_graph_destroy(f->d, g);
+    for (int i = 0; i < 2; i++) ps_event_destroy(f->d, mark[i]);
+}
+
 DEVICE_TEST(events_are_recorded_for_ever)
 {
     ps_event *e;
