@@ -24,6 +24,7 @@ from .placement import Place, Placement, Split, Tier, Unit
 from .plan import Plan
 from .sched_policies import PolicyContext, Prediction
 from .sched_policies import names as policies
+from .sweep import Sweep, sweep
 from .tokenizer import Tokenizer
 
 __all__ = [
@@ -48,10 +49,12 @@ __all__ = [
     "Profile",
     "RequestError",
     "Split",
+    "Sweep",
     "Tier",
     "Tokenizer",
     "Unit",
     "UnsupportedError",
     "__version__",
     "policies",
+    "sweep",
 ]

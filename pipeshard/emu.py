@@ -77,6 +77,11 @@ class EmuDevice:
         put("delays", delays)
         put("faults", _check_faults(faults))
 
+    def __reduce__(self) -> tuple[type[EmuDevice], tuple[object, ...]]:
+        """For sweeps in other processes: a read-only mapping has no other way there."""
+        profile = None if self.profile is None else dict(self.profile)
+        return type(self), (profile, self.vram_capacity, self.seed, self.delays, self.faults)
+
     def _rates(self) -> tuple[float, float, float, float, float, float, int, int, int]:
         """For the core."""
         rates = dict(zip(PROFILE_KEYS, _core.emu_profile(), strict=True)) | dict(self.profile or {})

@@ -13,13 +13,12 @@ import statistics
 import sys
 from typing import Any
 
-import numpy as np
-
 from .._progress import Bar
 from .._version import __version__
 from ..engine import Engine
 from ..errors import RequestError
 from ..generate import check_int
+from ..measure import Meter
 from ..sizes import format_bytes
 from .common import add_engine_options, open_engine, read_numbers, table
 
@@ -100,7 +99,7 @@ def run(options: argparse.Namespace) -> int:
 class _Bench:
     def __init__(self, engine: Engine, options: argparse.Namespace) -> None:
         self._engine = engine
-        self._random = np.random.default_rng(options.seed)
+        self._meter = Meter(engine, options.seed)
         self._depth: int = options.depth
         self._repeats: int = options.repeats
         self._threads: int | None = options.threads
@@ -112,11 +111,12 @@ class _Bench:
             raise RequestError(
                 f"{kind}{n} needs a context of {need} tokens, not {engine.n_ctx}", argument="ctx"
             )
-        measure = self._prompt if kind == "pp" else self._decode
         seconds = []
         with Bar(f"{kind}{n}", "run") as bar:
             for i in range(self._repeats + 1):  # the first warms up
-                seconds.append(measure(n))
+                seconds.append(
+                    self._meter.prompt(n) if kind == "pp" else self._meter.decode(n, self._depth)
+                )
                 bar.to(i + 1, self._repeats + 1)
         rates = [n / s for s in seconds[1:]]
         stats = engine.stats
@@ -138,29 +138,6 @@ class _Bench:
             "peak_bytes": stats["peak_bytes"],
             "version": __version__,
         }
-
-    def _tokens(self, n: int) -> Any:
-        return self._random.integers(0, self._engine.n_vocab, n, np.int32)
-
-    def _prompt(self, n: int) -> float:
-        tokens, step = self._tokens(n), self._engine.plan.pass_tok
-        with self._engine._calling() as core:
-            core.truncate(0, 0)
-            start = core.clock_ns()
-            for i in range(0, n, step):
-                core.append(0, tokens[i : i + step])
-            return (core.clock_ns() - start) * 1e-9
-
-    def _decode(self, n: int) -> float:
-        before, tokens = self._tokens(self._depth), self._tokens(n)
-        with self._engine._calling() as core:
-            core.truncate(0, 0)
-            if len(before):
-                core.append(0, before)
-            start = core.clock_ns()
-            for i in range(n):
-                core.append(0, tokens[i : i + 1])
-            return (core.clock_ns() - start) * 1e-9
 
 
 def _print(rows: list[dict[str, Any]], form: str, engine: Engine) -> None:

@@ -62,11 +62,11 @@ def test_version_and_usage() -> None:
     assert "usage: pipeshard" in done.stderr
     done = pipeshard("--help")
     assert done.returncode == 0
-    for command in ("run", "chat", "info", "bench", "synth"):
+    for command in ("run", "chat", "info", "bench", "sweep", "synth"):
         assert re.search(rf"^    {command} ", done.stdout, re.M)
 
 
-@pytest.mark.parametrize("command", ["run", "chat", "info", "bench", "synth"])
+@pytest.mark.parametrize("command", ["run", "chat", "info", "bench", "sweep", "synth"])
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit) as info:
         main([command, "--help"])
