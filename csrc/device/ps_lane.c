@@ -336,7 +336,10 @@ static void exec_run(ps_lane *lane, const ps_lane_run *run)
     if (!hub->virtual_clock) return;
     const ps_emu_profile *p = &hub->profile;
     bool on_cpu = lane->role == PS_STREAM_CPU;
-    double move_s = (double)run->cost.bytes / (on_cpu ? p->dram_bytes_per_s : p->vram_bytes_per_s);
+    double move_s = (double)(run->cost.bytes - run->cost.bus_bytes) /
+                    (on_cpu ? p->dram_bytes_per_s : p->vram_bytes_per_s);
+    double bus_s = (double)run->cost.bus_bytes / p->h2d_bytes_per_s;
+    if (bus_s > move_s) move_s = bus_s;
     double math_s = (double)run->cost.flops / (on_cpu ? p->cpu_flops : p->gpu_flops);
     charge_ns(lane, (double)p->launch_ns + (move_s > math_s ? move_s : math_s) * 1e9);
 }

@@ -8,9 +8,11 @@ ps_dptr ps_bind_ref(const ps_model *model, const ps_bases *bases, ps_dptr ref)
     if (ref.a == 0) return ref;
     ps_space space = ps_ref_space(ref);
     uint64_t offset = ps_ref_offset(ref);
+    uint32_t unit = (uint32_t)(offset >> PS_IMAGE_SHIFT);
+    uint64_t in_image = offset & ((1ull << PS_IMAGE_SHIFT) - 1);
+    if (space == PS_SPACE_HOST_WEIGHTS_DEV) return ps_dptr_add(bases->image_dev[unit], in_image);
     if (space != PS_SPACE_HOST_WEIGHTS) return ps_dptr_add(bases->space[space], offset);
-    const unsigned char *image = ps_model_image(model, (uint32_t)(offset >> PS_IMAGE_SHIFT));
-    return (ps_dptr){(uint64_t)(uintptr_t)image + (offset & ((1ull << PS_IMAGE_SHIFT) - 1))};
+    return (ps_dptr){(uint64_t)(uintptr_t)ps_model_image(model, unit) + in_image};
 }
 
 static void bind_args(

@@ -10,7 +10,8 @@
 #include "engine/ps_ticks.h"
 
 typedef struct ps_bases {
-    ps_dptr space[PS_SPACE_COUNT]; /* HOST_WEIGHTS goes through the model's images */
+    ps_dptr space[PS_SPACE_COUNT]; /* HOST_WEIGHTS goes through the model's images, */
+    const ps_dptr *image_dev;      /* HOST_WEIGHTS_DEV through these; [n_units] */
 } ps_bases;
 
 typedef struct ps_bound {

@@ -46,6 +46,7 @@ struct ps_exec {
     void **
         locked_chunks; /* owns the list; chunks of the model's images that this device has locked */
     uint32_t n_locked_chunks;
+    ps_dptr *image_dev; /* owns; [n_units] device addresses of locked images; null: not streamed */
     ps_bound *bound[CAP_BOUND]; /* owns */
     uint32_t n_bound;
     const ps_bound *tables_of; /* list whose expert tables the CONST spaces hold now */
@@ -162,6 +163,20 @@ static ps_status lock_images(ps_exec *x, ps_err *err)
     return PS_OK;
 }
 
+/* Experts may be read where they lie (ps_pass_maps_experts). */
+static ps_status find_image_addresses(ps_exec *x, ps_err *err)
+{
+    const ps_model *m = x->model;
+    if (x->n_locked_chunks == 0) return PS_OK;
+    x->image_dev = ps_alloc(m->n_units, sizeof *x->image_dev);
+    if (x->image_dev == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to map images");
+    for (uint32_t i = 0; i < m->n_units; i++)
+        if (m->units[i].kind == PS_UNIT_EXPERT && x->plan->homes[i].host)
+            TRY(ps_device_locked_dptr(x->device, ps_model_image(m, i), &x->image_dev[i], err));
+    x->bases.image_dev = x->image_dev;
+    return PS_OK;
+}
+
 static ps_status load_weights(ps_exec *x, ps_pool *pool, ps_err *err)
 {
     const ps_model *m = x->model;
@@ -212,7 +227,8 @@ static ps_status create(ps_exec *x, ps_err *err)
     TRY(ps_pool_create(n_threads < 16 ? n_threads : 16, &pool, err));
     status = load_weights(x, pool, err);
     ps_pool_destroy(pool);
-    return status == PS_OK ? lock_images(x, err) : status;
+    if (status == PS_OK) status = lock_images(x, err);
+    return status == PS_OK ? find_image_addresses(x, err) : status;
 }
 
 ps_status ps_exec_create(ps_model *model, const ps_plan *plan, ps_device *device,
@@ -254,6 +270,7 @@ void ps_exec_destroy(ps_exec *x)
     for (uint32_t i = 0; i < x->n_locked_chunks; i++)
         ps_device_unlock(x->device, x->locked_chunks[i]);
     ps_free(x->locked_chunks);
+    ps_free(x->image_dev);
     free_locked(x, x->host_act);
     free_locked(x, x->host_batch);
     free_locked(x, x->const_staging);
@@ -271,7 +288,8 @@ void ps_exec_destroy(ps_exec *x)
 static bool same_shape(const ps_pass_shape *a, const ps_pass_shape *b)
 {
     return a->tier == b->tier && a->n_tok == b->n_tok && a->n_out == b->n_out &&
-           a->max_kv == b->max_kv;
+           a->max_kv == b->max_kv && a->staged == b->staged && a->seq == b->seq &&
+           a->first == b->first;
 }
 
 static ps_status grow_events(ps_exec *x, uint32_t n, ps_err *err)

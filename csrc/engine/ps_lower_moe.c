@@ -5,7 +5,11 @@
 /* ---- experts ----
  * Those that stream come in groups that fit the ring. Each group has pointer tables of its own, in
  * which experts that are elsewhere are null; resident ones ride with the first group. `owned` tells
- * MOE_COMBINE which rows were made here. */
+ * MOE_COMBINE which rows were made here.
+ *
+ * In passes of few tokens most experts of a layer go unused, and which ones is known only once the
+ * router has run. Those passes do not load streamed experts at all: the tables hold the addresses
+ * at which the GPU reaches host memory, and its kernels read just the rows of what was routed. */
 
 typedef struct expert_plan {
     expert_group *group; /* lowering->groups */
@@ -13,6 +17,12 @@ typedef struct expert_plan {
     uint32_t owned;          /* tables of expert addresses that MOE_COMBINE looks at */
     bool any[PS_SIDE_COUNT]; /* does any expert of the layer compute there */
 } expert_plan;
+
+/* Does this expert travel through the ring, or stay where it is? */
+static bool rides(const lowering *l, uint32_t unit)
+{
+    return ps_lower_is_streamed(l, unit) && !ps_pass_maps_experts(l->plan, &l->shape);
+}
 
 static uint64_t ring_share(const lowering *l, uint32_t unit) /* what an expert takes in a group */
 {
@@ -24,13 +34,13 @@ static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
     uint64_t ring = ps_lower_ring_bytes(l), total = 0, most = ring;
     for (uint32_t i = 0; i < ne; i++)
-        if (ps_lower_is_streamed(l, first + i)) total += ring_share(l, first + i);
+        if (rides(l, first + i)) total += ring_share(l, first + i);
     /* More than the ring holds: half of it a group, so that one travels while the other is used. */
     if (total > ring) most = ps_max_u64(l->plan->spec.n_slots / 2, 1) * l->plan->spec.slot_bytes;
     p->n_groups = 1;
     p->group[0] = (expert_group){0};
     for (uint32_t i = 0; i < ne; i++) {
-        if (!ps_lower_is_streamed(l, first + i)) continue;
+        if (!rides(l, first + i)) continue;
         expert_group *g = &p->group[p->n_groups - 1];
         if (g->n_bytes > 0 && g->n_bytes + ring_share(l, first + i) > most) {
             g = &p->group[p->n_groups++];
@@ -66,7 +76,7 @@ static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
     for (uint32_t i = 0; i < ne; i++) {
         ps_side side = ps_plan_side(l->plan, l->shape.tier, first + i);
         p->any[side] = true;
-        if (!ps_lower_is_streamed(l, first + i)) set_expert(l, side, &p->group[0], i, first + i);
+        if (!rides(l, first + i)) set_expert(l, side, &p->group[0], i, first + i);
         /* Any address will do for "made here"; that of the table itself is never null. */
         if (p->n_groups > 1)
             ps_emit_table_set(
@@ -86,7 +96,7 @@ static void stream_group(lowering *l, uint32_t layer, const expert_group *g)
     if (again) l->next_slot = (uint32_t)(at / slot);
     at = ps_lower_take_slots(l, (int32_t)owner, g->n_bytes);
     for (uint32_t i = g->first; i < g->first + g->n; i++) {
-        if (!ps_lower_is_streamed(l, first + i)) continue;
+        if (!rides(l, first + i)) continue;
         l->ring_at[first + i] = at;
         ps_lower_copy_pieces(l, first + i, at, 0, l->model->units[first + i].n_bytes);
         if (!again) set_expert(l, PS_SIDE_DEV, g, i, first + i);

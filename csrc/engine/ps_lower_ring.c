@@ -85,8 +85,12 @@ ps_dptr ps_lower_at_weight(lowering *l, ps_side side, uint32_t unit, const ps_we
     /* Asked first: biases of experts are resident even where their router streams. */
     uint64_t home = l->plan->homes[unit].dev_offset;
     if (home != UINT64_MAX) return ps_ref(PS_SPACE_DEV_WEIGHTS, home + w->offset);
-    if (l->model->units[unit].kind != PS_UNIT_EXPERT)
-        stream_in(l, unit); /* experts come in groups */
+    if (l->model->units[unit].kind == PS_UNIT_EXPERT) { /* in groups, or not at all */
+        if (ps_pass_maps_experts(l->plan, &l->shape))
+            return ps_ref(PS_SPACE_HOST_WEIGHTS_DEV, (uint64_t)unit << PS_IMAGE_SHIFT | w->offset);
+    } else {
+        stream_in(l, unit);
+    }
     return ps_ref(PS_SPACE_DEV_RING, l->ring_at[unit] + w->offset);
 }
 

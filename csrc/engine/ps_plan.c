@@ -18,8 +18,8 @@
 const char *ps_space_name(ps_space space)
 {
     static const char *const names[PS_SPACE_COUNT] = {"none", "weights", "ring", "kv", "act",
-        "batch", "const", "host.weights", "host.kv", "host.kv@dev", "host.act", "host.batch",
-        "host.const", "out"};
+        "batch", "const", "host.weights", "host.weights@dev", "host.kv", "host.kv@dev", "host.act",
+        "host.batch", "host.const", "out"};
     return (unsigned)space < PS_SPACE_COUNT ? names[space] : "unknown";
 }
 

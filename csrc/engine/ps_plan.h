@@ -58,14 +58,16 @@ typedef enum ps_space {
     PS_SPACE_DEV_WEIGHTS, /* resident units, read only */
     PS_SPACE_DEV_RING,
     PS_SPACE_DEV_KV,
-    PS_SPACE_DEV_ACT,      /* hidden states, activations, workspaces */
-    PS_SPACE_DEV_BATCH,    /* what a pass brings: tokens, positions, page tables */
-    PS_SPACE_DEV_CONST,    /* rope tables, expert addresses */
-    PS_SPACE_HOST_WEIGHTS, /* unit images; the offset is unit << 40 | offset in the image */
-    PS_SPACE_HOST_KV,      /* locked where the GPU reads it too */
-    PS_SPACE_HOST_KV_DEV,  /* the same bytes under the address by which GPU kernels reach them */
-    PS_SPACE_HOST_ACT,     /* locked */
-    PS_SPACE_HOST_BATCH,   /* locked */
+    PS_SPACE_DEV_ACT,          /* hidden states, activations, workspaces */
+    PS_SPACE_DEV_BATCH,        /* what a pass brings: tokens, positions, page tables */
+    PS_SPACE_DEV_CONST,        /* rope tables, expert addresses */
+    PS_SPACE_HOST_WEIGHTS,     /* unit images; the offset is unit << 40 | offset in the image */
+    PS_SPACE_HOST_WEIGHTS_DEV, /* the same bytes under the address by which GPU kernels reach them
+                                */
+    PS_SPACE_HOST_KV,          /* locked where the GPU reads it too */
+    PS_SPACE_HOST_KV_DEV, /* the same bytes under the address by which GPU kernels reach them */
+    PS_SPACE_HOST_ACT,    /* locked */
+    PS_SPACE_HOST_BATCH,  /* locked */
     PS_SPACE_HOST_CONST,
     PS_SPACE_OUT, /* the caller's logits, host memory */
     PS_SPACE_COUNT
@@ -168,7 +170,11 @@ enum { PS_KV_STAGES = 2 }; /* one layer loads while another computes */
 /* References that name the same bytes, made equal. */
 static inline ps_dptr ps_ref_canonical(ps_dptr r)
 {
-    return ps_ref_space(r) == PS_SPACE_HOST_KV_DEV ? ps_ref(PS_SPACE_HOST_KV, ps_ref_offset(r)) : r;
+    switch (ps_ref_space(r)) {
+    case PS_SPACE_HOST_KV_DEV: return ps_ref(PS_SPACE_HOST_KV, ps_ref_offset(r));
+    case PS_SPACE_HOST_WEIGHTS_DEV: return ps_ref(PS_SPACE_HOST_WEIGHTS, ps_ref_offset(r));
+    default: return r;
+    }
 }
 
 #endif

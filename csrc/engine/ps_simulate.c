@@ -93,6 +93,7 @@ ps_work ps_simulate_work(const ps_ticks *t, uint32_t i)
         ps_cost cost = ps_tick_cost(t, i);
         w.flops = cost.flops;
         w.bytes = cost.bytes;
+        w.bus_bytes = cost.bus_bytes;
         describe_run(t, k, &w);
     } else if (k->kind == PS_TICK_COPY_IN || k->kind == PS_TICK_COPY_OUT) {
         w.n_bytes = k->n_bytes;

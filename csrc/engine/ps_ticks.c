@@ -46,13 +46,25 @@ uint32_t ps_tick_ranges(const ps_ticks *t, uint32_t i, ps_range *out, uint32_t c
     return n;
 }
 
-/* How many entries of a table of expert addresses are there. */
-static uint32_t count_experts(const ps_ticks *t, ps_side side, ps_dptr table, uint32_t n_expert)
+bool ps_pass_maps_experts(const ps_plan *plan, const ps_pass_shape *shape)
+{
+    const ps_hparams *hp = &plan->model->hp;
+    return (uint64_t)shape->n_tok * hp->n_expert_used * 2 <= hp->n_expert;
+}
+
+typedef struct expert_count {
+    uint32_t here, mapped; /* entries of a table that hold an address; that of host memory */
+} expert_count;
+
+static expert_count count_experts(const ps_ticks *t, ps_side side, ps_dptr table, uint32_t n_expert)
 {
     uint64_t first = (ps_ref_offset(table) - t->plan->tables_offset) / sizeof(ps_dptr);
-    uint32_t n = 0;
-    for (uint64_t j = first; j < first + n_expert && j < t->n_table; j++)
-        if (t->table[side][j].a != 0) n++;
+    expert_count n = {0};
+    for (uint64_t j = first; j < first + n_expert && j < t->n_table; j++) {
+        ps_dptr p = t->table[side][j];
+        if (p.a != 0) n.here++;
+        if (ps_ref_space(p) == PS_SPACE_HOST_WEIGHTS_DEV) n.mapped++;
+    }
     return n;
 }
 
@@ -62,21 +74,27 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
     if (k->kind != PS_TICK_RUN) return (ps_cost){0};
     ps_cost cost = ps_op_cost((ps_op_kind)k->op, t->args + k->index);
     ps_side side = k->stream == PS_STREAM_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
-    uint32_t n_expert = 0, n_here = 0;
+    uint32_t n_expert = 0;
+    expert_count n = {0};
     if (k->op == PS_OP_MOE_UP) {
         ps_moe_up_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         n_expert = a.n_expert;
-        n_here = count_experts(t, side, a.up_ptrs, n_expert);
+        n = count_experts(t, side, a.up_ptrs, n_expert);
     } else if (k->op == PS_OP_MOE_DOWN) {
         ps_moe_down_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         n_expert = a.n_expert;
-        n_here = count_experts(t, side, a.down_ptrs, n_expert);
+        n = count_experts(t, side, a.down_ptrs, n_expert);
+    } else if (k->op == PS_OP_ATTN) {
+        ps_attn_args a;
+        memcpy(&a, t->args + k->index, sizeof a);
+        if (ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV_DEV) cost.bus_bytes = cost.bytes;
     }
-    if (n_here < n_expert) {
-        cost.flops = (uint64_t)((double)cost.flops * n_here / n_expert);
-        cost.bytes = (uint64_t)((double)cost.bytes * n_here / n_expert);
+    if (n.mapped > 0) cost.bus_bytes = (uint64_t)((double)cost.bytes * n.mapped / n_expert);
+    if (n.here < n_expert) {
+        cost.flops = (uint64_t)((double)cost.flops * n.here / n_expert);
+        cost.bytes = (uint64_t)((double)cost.bytes * n.here / n_expert);
     }
     return cost;
 }

@@ -71,6 +71,10 @@ enum {
  * own. */
 uint32_t ps_pass_kv_bucket(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv);
 
+/* Are streamed experts read over the bus, by address, instead of loaded? Where the tokens of a pass
+ * use at most half of a layer's experts, that moves fewer bytes. */
+bool ps_pass_maps_experts(const ps_plan *plan, const ps_pass_shape *shape);
+
 typedef struct ps_ticks {
     const ps_plan *plan; /* borrows */
     ps_pass_shape shape;

@@ -229,6 +229,51 @@ PS_TEST(tick_text_names_what_moves)
     close_fixture(&f);
 }
 
+/* What a pass of n tokens copies in for experts, and what its ops read from host memory. */
+static void expert_traffic(const ps_plan *plan, uint32_t tier, uint32_t n, uint64_t *copied,
+    uint64_t *read, uint64_t *of_moe)
+{
+    ps_ticks *t = NULL;
+    ps_err err = {0};
+    *copied = *read = *of_moe = 0;
+    ps_pass_shape shape = {.tier = tier, .n_tok = n, .n_out = 1, .max_kv = 64};
+    PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+    for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
+        const ps_tick *k = &t->tick[i];
+        ps_cost cost = ps_tick_cost(t, i);
+        bool expert = k->unit >= 0 && plan->model->units[k->unit].kind == PS_UNIT_EXPERT;
+        if (k->kind == PS_TICK_COPY_IN && expert) *copied += k->n_bytes;
+        *read += cost.bus_bytes;
+        if (k->kind == PS_TICK_RUN && (k->op == PS_OP_MOE_UP || k->op == PS_OP_MOE_DOWN))
+            *of_moe += cost.bytes;
+    }
+    ps_ticks_destroy(t);
+}
+
+PS_TEST(few_tokens_read_streamed_experts_where_they_lie)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
+    apply_pattern(&f, FIRST_STREAMED);
+    f.spec.kv_vram_tok = NULL;
+    ps_plan *plan = NULL;
+    ps_err err = {0};
+    uint64_t copied, read, of_moe;
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    const ps_hparams *hp = &f.model->hp;
+    uint32_t most = hp->n_expert / hp->n_expert_used / 2;
+    if (plan != NULL) {
+        expert_traffic(plan, 0, 1, &copied, &read, &of_moe);
+        PS_CHECK(copied == 0 && read == of_moe && read > 0);
+        expert_traffic(plan, 1, most, &copied, &read, &of_moe);
+        PS_CHECK(copied == 0 && read == of_moe);
+        expert_traffic(plan, 1, most + 1, &copied, &read, &of_moe);
+        PS_CHECK(copied > 0 && read == 0);
+    }
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
 static ps_status plan_once(void *ctx, ps_err *err)
 {
     fixture *f = ctx;
