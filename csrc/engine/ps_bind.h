@@ -19,8 +19,8 @@ typedef struct ps_bound {
     ps_cost *cost;   /* owns; [n_ticks] */
     uint64_t h2d_bytes, d2h_bytes;
     uint32_t n_ticks_on[PS_STREAM_COUNT];
-    ps_graph *graph; /* the executor's; NULL until recorded */
-    bool graph_failed;
+    ps_graph *graph[2]; /* the executor's; NULL until recorded; [1]: with marks, for traces */
+    bool graph_failed[2];
     uint64_t n_runs;
     uint64_t last_used;
     uint64_t last_ns; /* of its last run, by the real clock; 0 before */

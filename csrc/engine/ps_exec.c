@@ -20,6 +20,7 @@ enum {
     FLAG_STRIDE = 64, /* one flag a cache line: neither side's polling disturbs the other's words */
     GRAPH_MAX_TOK = PS_SMALL_PASS_TOK, /* longer passes hide their launches behind the work */
     GRAPH_AFTER_RUNS = 2,              /* record a shape once it has proved to come again */
+    CONTROL_EVERY = 16,                /* runs, of which a trace leaves one unmarked */
     POLL_NS = 20 * 1000 * 1000,
     POLL_EVERY_TICKS = 64,
     LOOK_NS = 200 * 1000,
@@ -55,6 +56,9 @@ struct ps_exec {
     bool lost;
     uint64_t next_poll_ns;
     ps_exec_stats stats;
+    ps_trace *trace; /* owns; NULL before the first start */
+    bool recording;  /* passes are traced */
+    bool marking;    /* this pass is marked */
 };
 
 /* ---- memory ---- */
@@ -121,6 +125,14 @@ static ps_status take_host(ps_exec *x, ps_err *err)
     return ps_exec_reserve_logits(x, p->spec.logit_rows, err);
 }
 
+static void drop_graphs(ps_exec *x, ps_bound *b)
+{
+    for (int marked = 0; marked < 2; marked++) {
+        if (b->graph[marked] != NULL) ps_graph_destroy(x->device, b->graph[marked]);
+        b->graph[marked] = NULL;
+    }
+}
+
 ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err)
 {
     if (n_rows <= x->out_rows) return PS_OK;
@@ -136,7 +148,7 @@ ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err)
     x->bases.space[PS_SPACE_OUT] = host_dptr(out);
     /* Lists bound to the old address are of no use any more. */
     for (uint32_t i = 0; i < x->n_bound; i++) {
-        if (x->bound[i]->graph != NULL) ps_graph_destroy(x->device, x->bound[i]->graph);
+        drop_graphs(x, x->bound[i]);
         ps_bound_destroy(x->bound[i]);
     }
     x->n_bound = 0;
@@ -258,9 +270,10 @@ void ps_exec_destroy(ps_exec *x)
 {
     if (x == NULL) return;
     for (uint32_t i = 0; i < x->n_bound; i++) {
-        if (x->bound[i]->graph != NULL) ps_graph_destroy(x->device, x->bound[i]->graph);
+        drop_graphs(x, x->bound[i]);
         ps_bound_destroy(x->bound[i]);
     }
+    ps_trace_destroy(x->trace);
     for (uint32_t i = 0; i < x->n_events; i++) ps_event_destroy(x->device, x->events[i]);
     ps_free(x->events);
     if (x->fork != NULL) ps_event_destroy(x->device, x->fork);
@@ -315,10 +328,7 @@ static ps_status grow_flags(ps_exec *x, uint32_t n, ps_err *err)
     free_locked(x, x->flags);
     x->flags = flags;
     x->n_flags = cap;
-    for (uint32_t i = 0; i < x->n_bound; i++) { /* graphs hold the old addresses */
-        if (x->bound[i]->graph != NULL) ps_graph_destroy(x->device, x->bound[i]->graph);
-        x->bound[i]->graph = NULL;
-    }
+    for (uint32_t i = 0; i < x->n_bound; i++) drop_graphs(x, x->bound[i]); /* with old addresses */
     return PS_OK;
 }
 
@@ -329,7 +339,7 @@ static void evict(ps_exec *x)
         if (x->bound[i]->last_used < x->bound[oldest]->last_used) oldest = i;
     ps_bound *b = x->bound[oldest];
     if (x->tables_of == b) x->tables_of = NULL;
-    if (b->graph != NULL) ps_graph_destroy(x->device, b->graph);
+    drop_graphs(x, b);
     ps_bound_destroy(b);
     x->bound[oldest] = x->bound[--x->n_bound];
 }
@@ -461,10 +471,13 @@ typedef enum part { PART_ALL, PART_CPU, PART_ACCELERATOR } part;
 
 static ps_status enqueue_part(ps_exec *x, const ps_bound *b, part which, ps_err *err)
 {
+    const ps_tick *tick = b->ticks->tick;
     for (uint32_t i = 0; i < b->ticks->n_ticks; i++) {
-        bool cpu = b->ticks->tick[i].stream == PS_STREAM_CPU;
+        bool cpu = tick[i].stream == PS_STREAM_CPU;
         if ((which == PART_CPU && !cpu) || (which == PART_ACCELERATOR && cpu)) continue;
+        if (x->marking) TRY(ps_trace_enter(x->trace, x->stream[tick[i].stream], b->ticks, i, err));
         TRY(enqueue(x, b, i, err));
+        if (x->marking) TRY(ps_trace_leave(x->trace, x->stream[tick[i].stream], b->ticks, i, err));
         if (i % POLL_EVERY_TICKS == 0 && !poll_now(x))
             return ps_fail(err, PS_ECANCELLED, "the pass was interrupted");
     }
@@ -495,14 +508,15 @@ static ps_status record_graph(ps_exec *x, ps_bound *b, ps_err *err)
         if (graph != NULL) ps_graph_destroy(d, graph);
         return status != PS_OK ? status : ended;
     }
-    b->graph = graph;
+    b->graph[x->marking] = graph;
     return PS_OK;
 }
 
 static bool wants_graph(const ps_exec *x, const ps_bound *b)
 {
-    return x->options.graphs && !b->graph_failed && b->ticks->shape.n_tok <= GRAPH_MAX_TOK &&
-           b->n_runs >= GRAPH_AFTER_RUNS && b->n_ticks_on[PS_STREAM_COMPUTE] > 0;
+    return x->options.graphs && b->graph[x->marking] == NULL && !b->graph_failed[x->marking] &&
+           b->ticks->shape.n_tok <= GRAPH_MAX_TOK && b->n_runs >= GRAPH_AFTER_RUNS &&
+           b->n_ticks_on[PS_STREAM_COMPUTE] > 0;
 }
 
 /* The driver's memory for a graph counts against the reserve that the plan made for it. */
@@ -513,25 +527,25 @@ static void try_graph(ps_exec *x, ps_bound *b)
     if (ps_device_mem_info(x->device, &before, &total, &ignored) != PS_OK ||
         record_graph(x, b, &ignored) != PS_OK ||
         ps_device_mem_info(x->device, &after, &total, &ignored) != PS_OK) {
-        b->graph_failed = true;
+        b->graph_failed[x->marking] = true;
         return;
     }
     uint64_t used = before > after ? before - after : 0;
     if (ps_arena_charge(&x->arena, PS_MEM_GRAPH, used, &ignored) != PS_OK) {
-        ps_graph_destroy(x->device, b->graph);
-        b->graph = NULL;
-        b->graph_failed = true;
+        ps_graph_destroy(x->device, b->graph[x->marking]);
+        b->graph[x->marking] = NULL;
+        b->graph_failed[x->marking] = true;
     }
 }
 
 static ps_status enqueue_pass(ps_exec *x, ps_bound *b, ps_err *err)
 {
-    if (b->graph == NULL && wants_graph(x, b)) try_graph(x, b);
-    if (b->graph == NULL) return enqueue_part(x, b, PART_ALL, err);
+    ps_graph *graph = b->graph[x->marking];
+    if (graph == NULL) return enqueue_part(x, b, PART_ALL, err);
     x->stats.n_graph_launches++;
     /* The graph first: the CPU's part may be longer than its queue, and then pushing waits for work
      * that the graph feeds. */
-    TRY(ps_graph_launch(x->device, x->stream[PS_STREAM_COMPUTE], b->graph, err));
+    TRY(ps_graph_launch(x->device, x->stream[PS_STREAM_COMPUTE], graph, err));
     return enqueue_part(x, b, PART_CPU, err);
 }
 
@@ -572,6 +586,38 @@ static void clear_flags(ps_exec *x, const ps_bound *b)
         __atomic_store_n(flag_at(x, i), 0, __ATOMIC_RELEASE);
 }
 
+/* What a pass must have before its first step, graph and marks included. */
+static ps_status prepare(ps_exec *x, ps_bound *b, ps_err *err)
+{
+    bool again = b->ticks->shape.n_tok <= GRAPH_MAX_TOK;
+    x->marking = x->recording && !(again && b->n_runs % CONTROL_EVERY == CONTROL_EVERY - 1);
+    TRY(activate_tables(x, b, err));
+    if (x->recording) TRY(ps_trace_tie(x->trace, err));
+    if (x->marking) TRY(ps_trace_prepare(x->trace, b->ticks, err));
+    if (wants_graph(x, b)) try_graph(x, b);
+    return PS_OK;
+}
+
+static ps_status add_to_trace(ps_exec *x, const ps_bound *b, const ps_batch *batch,
+    uint64_t begin_ns, uint64_t end_ns, ps_err *err)
+{
+    const ps_pass_shape *shape = &b->ticks->shape;
+    ps_trace_pass pass = {.number = x->stats.n_passes,
+        .begin_ns = begin_ns,
+        .end_ns = end_ns,
+        .wall_ns = b->last_ns,
+        .tier = shape->tier,
+        .n_tok = shape->n_tok,
+        .n_out = shape->n_out,
+        .seq = (uint32_t)batch->seq[0],
+        .pos = (uint32_t)batch->pos[0],
+        .one_sequence = batch->one_sequence,
+        .graph = b->graph[x->marking] != NULL,
+        .marked = x->marking};
+    memcpy(pass.vram_bytes, x->arena.used, sizeof pass.vram_bytes);
+    return ps_trace_add(x->trace, b, &pass, err);
+}
+
 ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, ps_err *err)
 {
     ps_err own = {0};
@@ -592,15 +638,17 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
     ps_bound *b = NULL;
     ps_status status = ps_exec_reserve_logits(x, batch->n_out, err);
     if (status == PS_OK) status = get_bound(x, &shape, &b, err);
-    if (status == PS_OK) status = activate_tables(x, b, err);
+    if (status == PS_OK) status = prepare(x, b, err);
     if (status == PS_OK) {
-        uint64_t start = ps_exec_clock_ns(x), wall_start = ps_clock_ns();
+        uint64_t start = ps_exec_clock_ns(x), wall_start = ps_clock_ns(), end = 0;
         fill_batch(x, b, batch);
         clear_flags(x, b);
         status = enqueue_pass(x, b, err);
         if (status == PS_OK) status = wait_for(x, b, err);
-        if (status == PS_OK) x->stats.busy_ns += ps_exec_clock_ns(x) - start;
+        if (status == PS_OK) end = ps_exec_clock_ns(x); /* after a failure streams still run */
         b->last_ns = ps_clock_ns() - wall_start;
+        if (status == PS_OK) x->stats.busy_ns += end - start;
+        if (status == PS_OK && x->recording) status = add_to_trace(x, b, batch, start, end, err);
     }
     if (status != PS_OK) {
         if (status == PS_EFATAL) x->lost = true;
@@ -617,6 +665,21 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
 }
 
 /* ---- looking ---- */
+
+ps_status ps_exec_trace_start(ps_exec *x, uint64_t cap_bytes, ps_err *err)
+{
+    if (x->trace == NULL) TRY(ps_trace_create(x->device, cap_bytes, &x->trace, err));
+    x->recording = true;
+    return PS_OK;
+}
+void ps_exec_trace_stop(ps_exec *x)
+{
+    x->recording = false;
+}
+ps_trace *ps_exec_trace(const ps_exec *x)
+{
+    return x->trace;
+}
 
 void ps_exec_cancel(ps_exec *x)
 {

@@ -10,7 +10,7 @@
 #ifndef PS_EXEC_H
 #define PS_EXEC_H
 
-#include "engine/ps_ticks.h"
+#include "engine/ps_trace.h"
 
 typedef struct ps_exec ps_exec;
 
@@ -56,6 +56,13 @@ void ps_exec_destroy(ps_exec *x); /* NULL allowed */
 ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err);
 /* Runs one pass. *logits is [n_out][n_vocab], valid until the next pass. */
 ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, ps_err *err);
+
+/* Records passes from now on (see ps_trace); what was recorded before stays. cap_bytes counts the
+ * first time. One in 16 runs of a list that comes again and again is not marked, so that what the
+ * marks cost can be told. */
+ps_status ps_exec_trace_start(ps_exec *x, uint64_t cap_bytes, ps_err *err);
+void ps_exec_trace_stop(ps_exec *x);
+ps_trace *ps_exec_trace(const ps_exec *x); /* NULL before the first start */
 
 void ps_exec_cancel(ps_exec *x);        /* any thread; the running pass ends with PS_ECANCELLED */
 bool ps_exec_is_lost(const ps_exec *x); /* a sticky device error happened */
