@@ -6,7 +6,7 @@
  * at once. Every call that computes releases the GIL; about every 20 ms the core asks whether to go
  * on, and the GIL is re-taken to let signal handlers run.
  */
-#include "binding/py_util.h"
+#include "binding/py_trace.h"
 
 #include <string.h>
 
@@ -254,6 +254,12 @@ static PyObject *engine_step(PyObject *object, PyObject *args)
     return finish(self, state, status, &err, Py_NewRef(Py_None));
 }
 
+ps_exec *py_engine_exec(PyObject *object)
+{
+    engine *self = (engine *)object;
+    return usable(self) != NULL ? ps_engine_exec(self->core) : NULL;
+}
+
 const float *py_engine_row(PyObject *object, uint32_t row, uint32_t *n_vocab)
 {
     engine *self = (engine *)object;
@@ -443,6 +449,9 @@ static PyMethodDef METHODS[] = {
     {"stats", engine_stats, METH_NOARGS, stats_doc},
     {"clock_ns", engine_clock_ns, METH_NOARGS, clock_ns_doc},
     {"cancel", engine_cancel, METH_NOARGS, cancel_doc},
+    {"trace_start", py_engine_trace_start, METH_O, py_trace_start_doc},
+    {"trace_stop", py_engine_trace_stop, METH_NOARGS, py_trace_stop_doc},
+    {"trace_read", py_engine_trace_read, METH_O, py_trace_read_doc},
     {NULL, NULL, 0, NULL},
 };
 

@@ -31,7 +31,7 @@
 
 #include "base/ps_base.h"
 #include "device/ps_device.h"
-#include "engine/ps_plan.h"
+#include "engine/ps_exec.h"
 
 #if PY_VERSION_HEX < 0x030b0000
 #error "pipeshard needs Python 3.11 or newer"
@@ -97,6 +97,9 @@ const ps_op_table *py_device_cpu_ops(PyObject *device);
 /* Row `row` of the last pass's logits, inside the engine until its next call; NULL with an
  * exception set where there is none. */
 const float *py_engine_row(PyObject *engine, uint32_t row, uint32_t *n_vocab);
+
+/* The executor inside an open and idle engine; NULL with an exception set. */
+ps_exec *py_engine_exec(PyObject *engine);
 
 /* Rows of float32 that arrays share: they outlive whatever they were copied from. */
 PyObject *py_rows_new(py_state *state, uint64_t n_rows, uint64_t n_cols);

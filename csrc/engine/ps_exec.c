@@ -707,7 +707,8 @@ ps_exec_stats ps_exec_get_stats(const ps_exec *x)
 uint64_t ps_exec_clock_ns(const ps_exec *x)
 {
     if (!x->device->info.virtual_clock) return ps_clock_ns();
-    uint64_t latest = 0;
+    uint64_t latest = 0, error = 0;
+    ps_device_tie_clocks(x->device, &latest, &error, NULL); /* streams long gone count, too */
     for (int s = 0; s < PS_STREAM_COUNT; s++)
         latest = ps_max_u64(latest, ps_stream_time_ns(x->device, x->stream[s]));
     return latest;

@@ -158,6 +158,7 @@ static ps_status read_tick(
         .stream = k->stream,
         .op = k->op,
         .flops = k->kind == PS_TICK_RUN ? b->cost[i].flops : 0,
+        .bus_bytes = k->kind == PS_TICK_RUN ? b->cost[i].bus_bytes : 0,
         .bytes = copies                   ? k->n_bytes
                  : k->kind == PS_TICK_RUN ? b->cost[i].bytes
                                           : 0};

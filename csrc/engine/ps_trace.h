@@ -17,10 +17,11 @@ enum { PS_TRACE_CAP_PASSES = 8192 };
 typedef struct ps_trace_tick {
     uint64_t begin_ns, end_ns;
     uint64_t flops;
-    uint64_t bytes; /* RUN: moved through the memory of its side; copies: over the bus */
-    uint32_t tick;  /* number in the pass's list */
-    int32_t cause;  /* WAIT, FLAG_WAIT: the tick that they waited for; -1: none that takes time */
-    int32_t unit;   /* -1: none */
+    uint64_t bytes;     /* RUN: as ps_cost has them; copies: over the bus */
+    uint64_t bus_bytes; /* RUN: those of `bytes` that came over the bus */
+    uint32_t tick;      /* number in the pass's list */
+    int32_t cause; /* WAIT, FLAG_WAIT: the tick that they waited for; -1: none that takes time */
+    int32_t unit;  /* -1: none */
     uint8_t kind, stream, op, pad; /* as in ps_tick */
 } ps_trace_tick;
 
