@@ -284,26 +284,45 @@ static uint64_t lay_out_buffers(ps_plan *p)
     return end;
 }
 
-/* The most that any pass wants: workspaces grow with tokens but change algorithm at small counts,
- * so ask at every power of two and at the chunk itself. */
-static ps_status measure(ps_plan *p, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
+static ps_status measure_at(
+    const ps_plan *p, uint32_t tier, uint32_t n, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
 {
-    uint32_t n_tok = 1;
+    uint64_t ws = 0;
+    uint32_t table = 0;
+    ps_pass_shape shape = {
+        .tier = tier, .n_tok = n, .n_out = n, .max_kv = p->max_pages * PS_KV_PAGE_TOK};
+    TRY(ps_lower_measure(p, &shape, &ws, &table, err));
+    *ws_bytes = ps_max_u64(*ws_bytes, ws);
+    if (table > *n_table) *n_table = table;
+    return PS_OK;
+}
+
+static bool same_places(const ps_plan *p, uint32_t a, uint32_t b)
+{
+    size_t n = p->model->n_units;
+    return memcmp(p->places + a * n, p->places + b * n, n * sizeof *p->places) == 0;
+}
+
+/* The most that any pass wants, in every tier: what workspaces and tables there are depends on the
+ * places. Workspaces grow with tokens but change algorithm at small counts, so ask at every power
+ * of two, up to where one op gets no more (a chunk, or rows of logits) and all experts travel. */
+static ps_status measure(const ps_plan *p, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
+{
+    const ps_plan_spec *s = &p->spec;
+    uint32_t most = s->logit_rows > s->chunk_tok ? s->logit_rows : s->chunk_tok;
+    if (most < p->model->hp.n_expert) most = p->model->hp.n_expert;
     *ws_bytes = 0;
     *n_table = 0;
-    for (;;) {
-        uint64_t ws = 0;
-        uint32_t table = 0;
-        ps_pass_shape shape = {.tier = ps_plan_tier(p, n_tok),
-            .n_tok = n_tok,
-            .n_out = n_tok,
-            .max_kv = p->max_pages * PS_KV_PAGE_TOK};
-        TRY(ps_lower_measure(p, &shape, &ws, &table, err));
-        *ws_bytes = ps_max_u64(*ws_bytes, ws);
-        if (table > *n_table) *n_table = table;
-        if (n_tok == p->spec.chunk_tok) return PS_OK;
-        n_tok = n_tok * 2 < p->spec.chunk_tok ? n_tok * 2 : p->spec.chunk_tok;
+    for (uint32_t t = 0, low = 1; t < s->n_tiers && low <= s->pass_tok; t++) {
+        while (t + 1 < s->n_tiers && same_places(p, t, t + 1)) t++; /* as one tier */
+        uint32_t high = p->tiers[t].max_tok < s->pass_tok ? p->tiers[t].max_tok : s->pass_tok,
+                 end = high < most ? high : most;
+        for (uint32_t n = 1; n <= end; n = n < end && n > end / 2 ? end : n * 2)
+            /* Behind whole chunks comes one of any size. */
+            if (n >= low || high > s->chunk_tok) TRY(measure_at(p, t, n, ws_bytes, n_table, err));
+        low = high + 1;
     }
+    return PS_OK;
 }
 
 static bool streams(const ps_plan *p)
