@@ -23,9 +23,10 @@
 #include <unistd.h>
 
 enum {
-    MIN_SPIN_NS = 2000,   /* what one futex round trip costs: spinning for less gains nothing */
-    MAX_SPIN_NS = 200000, /* gaps between the ops of a token are below this */
-    PAUSES_PER_LOOK = 32, /* between two looks at the clock */
+    MIN_SPIN_NS = 2000,    /* what one futex round trip costs: spinning for less gains nothing */
+    MAX_SPIN_NS = 1000000, /* gaps between the ops of a token are below half of this, a layer on the
+                              GPU included; waking sixteen sleepers took longer than such a gap */
+    PAUSES_PER_LOOK = 32,  /* between two looks at the clock */
     MAX_THREADS = 4096,
 };
 
@@ -96,11 +97,13 @@ static void gate_wait(gate *g, uint32_t seen, uint64_t max_spin_ns)
             futex_wait(&g->word, seen, NULL);
         __atomic_fetch_sub(&g->n_asleep, 1, __ATOMIC_RELAXED);
     }
-    /* The next gap is guessed from this one. Where threads outnumber free CPUs gaps are long, so
-     * the guess falls to the minimum and nobody burns the CPU that the late thread needs. */
-    uint64_t gap_ns = ps_clock_ns() - start_ns;
-    uint64_t next_ns =
-        2 * gap_ns <= MAX_SPIN_NS ? ps_max_u64(2 * gap_ns, MIN_SPIN_NS) : MIN_SPIN_NS;
+    /* The next gap is guessed from the longest of the last ones: short gaps within a layer
+     * alternate with long ones between layers. Where threads outnumber free CPUs gaps are longer
+     * still, so the guess falls to the minimum and nobody burns the CPU that the late thread needs.
+     */
+    uint64_t gap_ns = ps_clock_ns() - start_ns, next_ns = MIN_SPIN_NS;
+    if (2 * gap_ns <= MAX_SPIN_NS)
+        next_ns = ps_max_u64(ps_max_u64(2 * gap_ns, limit_ns - limit_ns / 16), MIN_SPIN_NS);
     __atomic_store_n(&g->spin_ns, next_ns, __ATOMIC_RELAXED);
 }
 

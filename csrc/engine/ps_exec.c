@@ -24,6 +24,7 @@ enum {
     POLL_NS = 20 * 1000 * 1000,
     POLL_EVERY_TICKS = 64,
     LOOK_NS = 200 * 1000,
+    LOOK_SHORT_NS = 20 * 1000,
 };
 
 struct ps_exec {
@@ -549,18 +550,34 @@ static ps_status enqueue_pass(ps_exec *x, ps_bound *b, ps_err *err)
     return enqueue_part(x, b, PART_CPU, err);
 }
 
+/* Looks now and then until one of two streams is empty. False: the caller wants to stop. */
+static bool look_until_idle(ps_exec *x, ps_stream_role a, ps_stream_role b, long every_ns)
+{
+    while (!ps_stream_idle(x->device, x->stream[a]) && !ps_stream_idle(x->device, x->stream[b])) {
+        if (!poll_now(x)) return false;
+        nanosleep(&(struct timespec){.tv_nsec = every_ns}, NULL);
+    }
+    return true;
+}
+
 /* What may last is waited for by looking now and then, so that Ctrl-C is answered; what is known to
- * be short by blocking, which takes no time to notice the end. */
+ * be short by blocking, which takes no time to notice the end. But blocking on a GPU's stream keeps
+ * a CPU busy, and that one is missing to a pool that has a thread for every CPU: so the CPU's part
+ * of a pass, which ends before the GPU's in all but the smallest, is always waited for by looking.
+ * A GPU that fails never sets the flags that the CPU's part waits for: its stream is looked at too.
+ */
 static ps_status wait_for(ps_exec *x, const ps_bound *b, ps_err *err)
 {
     bool is_short =
         b->ticks->shape.n_tok <= GRAPH_MAX_TOK && b->last_ns > 0 && b->last_ns < POLL_NS;
-    if (x->options.poll != NULL && !is_short)
-        for (int s = 0; s < PS_STREAM_COUNT; s++)
-            while (b->n_ticks_on[s] > 0 && !ps_stream_idle(x->device, x->stream[s])) {
-                if (!poll_now(x)) return ps_fail(err, PS_ECANCELLED, "the pass was interrupted");
-                nanosleep(&(struct timespec){.tv_nsec = LOOK_NS}, NULL);
-            }
+    bool done = true;
+    if (!is_short)
+        for (int s = 0; s < PS_STREAM_COUNT && done && x->options.poll != NULL; s++)
+            done = b->n_ticks_on[s] == 0 ||
+                   look_until_idle(x, (ps_stream_role)s, (ps_stream_role)s, LOOK_NS);
+    else if (b->n_ticks_on[PS_STREAM_CPU] > 0 && b->n_ticks_on[PS_STREAM_COMPUTE] > 0)
+        done = look_until_idle(x, PS_STREAM_CPU, PS_STREAM_COMPUTE, LOOK_SHORT_NS);
+    if (!done) return ps_fail(err, PS_ECANCELLED, "the pass was interrupted");
     ps_status status = PS_OK;
     for (int s = 0; s < PS_STREAM_COUNT; s++) {
         ps_status one = ps_device_sync(x->device, x->stream[s], err);
