@@ -304,13 +304,19 @@ static PyObject *plan_homes(PyObject *self, void *unused)
 {
     (void)unused;
     const ps_plan *p = py_plan_get(self);
-    PyObject *list = PyList_New(p->model->n_units);
-    for (uint32_t i = 0; list != NULL && i < p->model->n_units; i++) {
-        const ps_unit_home *h = &p->homes[i];
+    uint32_t n_units = py_model_get(py_plan_model(self))->n_units;
+    PyObject *list = PyList_New(n_units);
+    for (uint32_t i = 0; list != NULL && i < n_units; i++) {
+        const ps_unit *u = &p->model->units[i];
+        ps_unit_home h = p->homes[i];
+        for (uint32_t j = u->first_part + 1; j < u->first_part + u->n_parts; j++) {
+            h.dev_offset = ps_min_u64(h.dev_offset, p->homes[j].dev_offset);
+            h.host = h.host || p->homes[j].host;
+        }
         PyObject *home = Py_BuildValue("(NN)",
-            h->dev_offset != UINT64_MAX ? PyLong_FromUnsignedLongLong(h->dev_offset)
-                                        : Py_NewRef(Py_None),
-            PyBool_FromLong(h->host));
+            h.dev_offset != UINT64_MAX ? PyLong_FromUnsignedLongLong(h.dev_offset)
+                                       : Py_NewRef(Py_None),
+            PyBool_FromLong(h.host));
         if (home == NULL)
             Py_CLEAR(list);
         else
@@ -369,7 +375,9 @@ static PyGetSetDef GETTERS[] = {
     {"budget_bytes", plan_budget_bytes, NULL, "of VRAM", NULL},
     {"bytes_by_kind", plan_bytes_by_kind, NULL, "of VRAM; sums to needed_bytes", NULL},
     {"space_bytes", plan_space_bytes, NULL, "of each memory space, host ones too", NULL},
-    {"homes", plan_homes, NULL, "(offset in VRAM or None, needs host memory) of each unit", NULL},
+    {"homes", plan_homes, NULL,
+        "(offset in VRAM or None, needs host memory) of each unit, of what a split one has there",
+        NULL},
     {"sizes", plan_sizes, NULL, "(chunk_tok, pass_tok, logit_rows)", NULL},
     {"uses", plan_uses, NULL, "whether anything computes on (device, CPU)", NULL},
     {NULL, NULL, NULL, NULL, NULL},

@@ -92,7 +92,7 @@ static PyObject *array_of(const ps_ticks *t)
         rows[i] = (row){.kind = k->kind,
             .stream = k->stream,
             .op = k->op,
-            .unit = k->unit,
+            .unit = ps_plan_whole(t->plan, k->unit),
             .fmt = w.fmt,
             .n_tok = w.n_tok,
             .flops = w.flops,

@@ -3,6 +3,8 @@
 
 #include <string.h>
 
+#include "engine/ps_images.h"
+
 ps_dptr ps_bind_ref(const ps_model *model, const ps_bases *bases, ps_dptr ref)
 {
     if (ref.a == 0) return ref;
@@ -12,7 +14,9 @@ ps_dptr ps_bind_ref(const ps_model *model, const ps_bases *bases, ps_dptr ref)
     uint64_t in_image = offset & ((1ull << PS_IMAGE_SHIFT) - 1);
     if (space == PS_SPACE_HOST_WEIGHTS_DEV) return ps_dptr_add(bases->image_dev[unit], in_image);
     if (space != PS_SPACE_HOST_WEIGHTS) return ps_dptr_add(bases->space[space], offset);
-    return (ps_dptr){(uint64_t)(uintptr_t)ps_model_image(model, unit) + in_image};
+    const unsigned char *image =
+        unit < model->n_units ? ps_model_image(model, unit) : ps_images_get(bases->parts, unit);
+    return (ps_dptr){(uint64_t)(uintptr_t)image + in_image};
 }
 
 static void bind_args(

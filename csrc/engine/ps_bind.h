@@ -10,7 +10,8 @@
 #include "engine/ps_ticks.h"
 
 typedef struct ps_bases {
-    ps_dptr space[PS_SPACE_COUNT]; /* HOST_WEIGHTS goes through the model's images, */
+    ps_dptr space[PS_SPACE_COUNT]; /* HOST_WEIGHTS goes through images: the model's, */
+    const struct ps_images *parts; /* or of units that the plan has cut, these; may be NULL */
     const ps_dptr *image_dev;      /* HOST_WEIGHTS_DEV through these; [n_units] */
 } ps_bases;
 

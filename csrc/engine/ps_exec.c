@@ -45,8 +45,8 @@ struct ps_exec {
     uint64_t host_kv_bytes;
     bool host_kv_locked;
     uint32_t out_rows;
-    void **
-        locked_chunks; /* owns the list; chunks of the model's images that this device has locked */
+    ps_images *parts;     /* owns; images of the plan's parts; NULL where it cuts no unit */
+    void **locked_chunks; /* owns the list; chunks of images that this device has locked */
     uint32_t n_locked_chunks;
     ps_dptr *image_dev; /* owns; [n_units] device addresses of locked images; null: not streamed */
     ps_bound *bound[CAP_BOUND]; /* owns */
@@ -162,13 +162,13 @@ static ps_status lock_images(ps_exec *x, ps_err *err)
 {
     const ps_images *im = x->model->images;
     if (x->plan->space_bytes[PS_SPACE_DEV_RING] == 0) return PS_OK;
-    uint32_t n = ps_images_chunk_count(im);
-    x->locked_chunks = ps_alloc(n, sizeof *x->locked_chunks);
+    uint32_t n = ps_images_chunk_count(im), n_parts = ps_images_chunk_count(x->parts);
+    x->locked_chunks = ps_alloc((uint64_t)n + n_parts + 1, sizeof *x->locked_chunks);
     if (x->locked_chunks == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to lock images");
-    for (uint32_t i = 0; i < n; i++) {
+    for (uint32_t i = 0; i < n + n_parts; i++) {
         void *base = NULL;
         uint64_t n_bytes = 0;
-        ps_images_chunk(im, i, &base, &n_bytes);
+        ps_images_chunk(i < n ? im : x->parts, i < n ? i : i - n, &base, &n_bytes);
         TRY(ps_device_lock(x->device, base, n_bytes, err));
         x->locked_chunks[x->n_locked_chunks++] = base;
         x->stats.locked_bytes += n_bytes;
@@ -192,14 +192,23 @@ static ps_status find_image_addresses(ps_exec *x, ps_err *err)
 
 static ps_status load_weights(ps_exec *x, ps_pool *pool, ps_err *err)
 {
-    const ps_model *m = x->model;
+    const ps_model *m = x->plan->model; /* with parts, where the plan has cut units */
     bool *want = ps_alloc(m->n_units, sizeof *want);
     if (want == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to load a model");
     for (uint32_t i = 0; i < m->n_units; i++) want[i] = x->plan->homes[i].host;
-    uint64_t before = ps_model_image_bytes(m);
+    uint64_t before = ps_model_image_bytes(x->model);
     ps_status status =
         ps_model_load_images(x->model, want, pool, x->options.progress, x->options.ctx, err);
-    x->stats.disk_bytes += ps_model_image_bytes(m) - before;
+    x->stats.disk_bytes += ps_model_image_bytes(x->model) - before;
+    if (status == PS_OK && m != x->model) {
+        memset(want, 0, x->model->n_units * sizeof *want);
+        status = ps_images_create(m->n_units, &x->parts, err);
+        x->bases.parts = x->parts;
+        if (status == PS_OK)
+            status =
+                ps_images_fill(x->parts, m, want, pool, x->options.progress, x->options.ctx, err);
+        x->stats.disk_bytes += ps_images_bytes(x->parts);
+    }
     if (status == PS_OK)
         status = ps_upload_weights(x->plan, x->device, x->bases.space[PS_SPACE_DEV_WEIGHTS], pool,
             x->options.progress, x->options.ctx, &x->stats.disk_bytes, err);
@@ -285,6 +294,7 @@ void ps_exec_destroy(ps_exec *x)
         ps_device_unlock(x->device, x->locked_chunks[i]);
     ps_free(x->locked_chunks);
     ps_free(x->image_dev);
+    ps_images_destroy(x->parts);
     free_locked(x, x->host_act);
     free_locked(x, x->host_batch);
     free_locked(x, x->const_staging);
@@ -716,7 +726,7 @@ const ps_arena *ps_exec_arena(const ps_exec *x)
 ps_exec_stats ps_exec_get_stats(const ps_exec *x)
 {
     ps_exec_stats s = x->stats;
-    s.ram_bytes = ps_model_image_bytes(x->model) + x->host_kv_bytes +
+    s.ram_bytes = ps_model_image_bytes(x->model) + ps_images_bytes(x->parts) + x->host_kv_bytes +
                   x->plan->space_bytes[PS_SPACE_HOST_CONST];
     return s;
 }

@@ -48,7 +48,7 @@ void ps_images_destroy(ps_images *im)
 
 uint32_t ps_images_chunk_count(const ps_images *im)
 {
-    return im->n_chunks;
+    return im != NULL ? im->n_chunks : 0;
 }
 
 void ps_images_chunk(const ps_images *im, uint32_t i, void **base, uint64_t *n_bytes)
@@ -57,14 +57,25 @@ void ps_images_chunk(const ps_images *im, uint32_t i, void **base, uint64_t *n_b
     *n_bytes = im->chunks[i].n_bytes;
 }
 
+const void *ps_images_get(const ps_images *im, uint32_t unit)
+{
+    if (im == NULL || unit >= im->n_units) return NULL;
+    return atomic_load_explicit(&im->image[unit], memory_order_acquire);
+}
+
+uint64_t ps_images_bytes(const ps_images *im)
+{
+    return im != NULL ? im->n_bytes : 0;
+}
+
 const void *ps_model_image(const ps_model *model, uint32_t unit)
 {
-    return atomic_load_explicit(&model->images->image[unit], memory_order_acquire);
+    return ps_images_get(model->images, unit);
 }
 
 uint64_t ps_model_image_bytes(const ps_model *model)
 {
-    return model->images->n_bytes;
+    return ps_images_bytes(model->images);
 }
 
 /* A 1-D tensor in another format than float32 is small: converted whole, then the wanted bytes are
@@ -91,6 +102,22 @@ static ps_status read_converted(const ps_model *model, const ps_weight *w, const
     return status;
 }
 
+/* Bytes [from, to) of a weight whose rows are pieces of longer ones in the file. */
+static ps_status read_columns(const ps_model *model, const ps_weight *w, const ps_gguf_tensor *t,
+    uint64_t from, uint64_t to, unsigned char *dst, ps_err *err)
+{
+    for (uint64_t at = from; at < to;) {
+        uint64_t row = at / w->row_bytes, skip = at % w->row_bytes,
+                 n = ps_min_u64(w->row_bytes - skip, to - at);
+        ps_status status = ps_gguf_pread(model->gguf, t->i_file,
+            t->offset + w->tensor_skip + row * w->file_row_bytes + skip, dst, n, err);
+        if (status != PS_OK) return status;
+        dst += n;
+        at += n;
+    }
+    return PS_OK;
+}
+
 ps_status ps_model_read_part(
     const ps_model *model, uint32_t unit, uint64_t from, uint64_t n_bytes, void *dst, ps_err *err)
 {
@@ -109,11 +136,14 @@ ps_status ps_model_read_part(
                  hi = ps_min_u64(to, w->offset + w->n_rows * w->row_bytes);
         if (lo >= hi) continue; /* bytes between weights are padding: whatever dst holds */
         unsigned char *at = (unsigned char *)dst + (lo - from);
-        ps_status status =
-            w->fmt == w->file_fmt
-                ? ps_gguf_pread(model->gguf, t->i_file,
-                      t->offset + w->tensor_skip + (lo - w->offset), at, hi - lo, err)
-                : read_converted(model, w, t, lo - w->offset, hi - lo, at, err);
+        ps_status status = PS_OK;
+        if (w->fmt != w->file_fmt)
+            status = read_converted(model, w, t, lo - w->offset, hi - lo, at, err);
+        else if (w->file_row_bytes != w->row_bytes)
+            status = read_columns(model, w, t, lo - w->offset, hi - w->offset, at, err);
+        else
+            status = ps_gguf_pread(model->gguf, t->i_file,
+                t->offset + w->tensor_skip + (lo - w->offset), at, hi - lo, err);
         if (status != PS_OK) return status;
     }
     return PS_OK;
@@ -169,10 +199,9 @@ static uint64_t padded_bytes(const ps_model *model, uint32_t unit)
 
 /* Cuts the missing units into chunks and gives each its address. On failure no chunk of this call
  * is left. */
-static ps_status place_chunks(
-    ps_model *model, const uint32_t *units, uint32_t n, unsigned char **dst, ps_err *err)
+static ps_status place_chunks(ps_images *im, const ps_model *model, const uint32_t *units,
+    uint32_t n, unsigned char **dst, ps_err *err)
 {
-    ps_images *im = model->images;
     uint32_t n_before = im->n_chunks;
     for (uint32_t i = 0; i < n;) {
         uint64_t n_bytes = padded_bytes(model, units[i]);
@@ -196,10 +225,9 @@ static ps_status place_chunks(
     return PS_OK;
 }
 
-static ps_status fill_locked(ps_model *model, const bool *want, ps_pool *pool,
+static ps_status fill_locked(ps_images *im, const ps_model *model, const bool *want, ps_pool *pool,
     ps_progress_fn progress, void *progress_ctx, ps_err *err)
 {
-    ps_images *im = model->images;
     uint32_t *units = ps_alloc(model->n_units, sizeof *units), n = 0;
     unsigned char **dst = ps_alloc(model->n_units, sizeof *dst);
     uint32_t n_before = im->n_chunks;
@@ -213,13 +241,13 @@ static ps_status fill_locked(ps_model *model, const bool *want, ps_pool *pool,
         .dst = dst,
         .progress = progress,
         .progress_ctx = progress_ctx};
-    for (uint32_t i = 0; i < model->n_units; i++)
+    for (uint32_t i = 0; i < im->n_units; i++)
         if (want[i] && im->image[i] == NULL) {
             units[n++] = i;
             f.total_bytes += model->units[i].n_bytes;
         }
     f.n = n;
-    if (n == 0 || (status = place_chunks(model, units, n, dst, err)) != PS_OK) goto done;
+    if (n == 0 || (status = place_chunks(im, model, units, n, dst, err)) != PS_OK) goto done;
     pthread_mutex_init(&f.err_lock, NULL);
     if (pool != NULL)
         ps_pool_run(pool, fill_member, &f);
@@ -241,11 +269,17 @@ done:
     return status;
 }
 
+ps_status ps_images_fill(ps_images *im, const ps_model *model, const bool *want, ps_pool *pool,
+    ps_progress_fn progress, void *progress_ctx, ps_err *err)
+{
+    pthread_mutex_lock(&im->lock);
+    ps_status status = fill_locked(im, model, want, pool, progress, progress_ctx, err);
+    pthread_mutex_unlock(&im->lock);
+    return status;
+}
+
 ps_status ps_model_load_images(ps_model *model, const bool *want, ps_pool *pool,
     ps_progress_fn progress, void *progress_ctx, ps_err *err)
 {
-    pthread_mutex_lock(&model->images->lock);
-    ps_status status = fill_locked(model, want, pool, progress, progress_ctx, err);
-    pthread_mutex_unlock(&model->images->lock);
-    return status;
+    return ps_images_fill(model->images, model, want, pool, progress, progress_ctx, err);
 }

@@ -100,17 +100,12 @@ void ps_lower_emit_matmul(lowering *l, chunk c, uint32_t unit, ps_dptr x, uint32
     if (!by_rows) ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_MATMUL, &a, NULL, 0);
 }
 
-/* x += W in + bias, or with a norm behind the block: x += norm(W in + bias). */
-static void emit_output(
-    lowering *l, chunk c, uint32_t unit, ps_role role, ps_role bias, ps_dptr in, uint32_t n_cols)
+/* y (+)= W in + bias: the last matrix of a block. */
+static void emit_output(lowering *l, chunk c, uint32_t unit, ps_role role, ps_role bias, ps_dptr in,
+    uint32_t n_cols, ps_dptr y, bool add)
 {
-    uint32_t n = l->hp->n_embd;
-    ps_dptr x = chunk_x(l, c), out = in_buf(l, c.side, PS_BUF_OUT, 0);
-    bool post = ps_model_find(l->model, unit, PS_W_POST_NORM) != NULL;
     ps_lower_emit_matmul(
-        l, c, unit, in, c.n, n_cols, &(linear){role, bias, post ? out : x, n}, 1, !post);
-    if (post) ps_lower_emit_norm(l, c, unit, PS_W_POST_NORM, out, x, x, c.n);
-    ps_lower_wrote_x(l, c);
+        l, c, unit, in, c.n, n_cols, &(linear){role, bias, y, l->hp->n_embd}, 1, add);
 }
 
 static uint32_t page_of(uint32_t position)
@@ -122,30 +117,34 @@ static uint32_t pages_for(uint32_t n_tok)
     return (n_tok + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK;
 }
 
-static bool is_staged(const lowering *l, uint32_t layer, ps_side side)
+static bool is_staged(const lowering *l, uint32_t unit, ps_side side)
 {
-    return side == PS_SIDE_DEV && l->shape.staged && l->plan->kv_home[layer] == PS_KV_BACKED;
+    return side == PS_SIDE_DEV && l->shape.staged && l->plan->kv[unit].home == PS_KV_BACKED;
 }
 
-static ps_dptr stage_ref(const lowering *l, uint32_t layer, bool v)
+/* Of a stage, which holds a layer, the heads of one unit. */
+static ps_dptr stage_ref(const lowering *l, uint32_t unit, bool v)
 {
-    uint64_t bytes = l->plan->kv_page_bytes * l->plan->max_pages, i = layer % PS_KV_STAGES;
-    return ps_ref(PS_SPACE_DEV_KV, l->plan->kv_stage_offset + (2 * i + v) * bytes);
+    const ps_unit *u = &l->model->units[unit];
+    uint64_t bytes = l->plan->kv_page_bytes * l->plan->max_pages,
+             head_bytes = bytes / l->hp->n_kv_head, i = (uint64_t)u->layer % PS_KV_STAGES;
+    return ps_ref(PS_SPACE_DEV_KV,
+        l->plan->kv_stage_offset + (2 * i + v) * bytes + u->first_row * head_bytes);
 }
 
-static ps_kv_view kv_view(const lowering *l, uint32_t layer, ps_side side)
+static ps_kv_view kv_view(const lowering *l, uint32_t unit, ps_side side)
 {
     const ps_plan *p = l->plan;
-    bool staged = is_staged(l, layer, side);
-    ps_space space = side == PS_SIDE_HOST             ? PS_SPACE_HOST_KV
-                     : p->kv_home[layer] == PS_KV_DEV ? PS_SPACE_DEV_KV
-                                                      : PS_SPACE_HOST_KV_DEV;
-    return (ps_kv_view){
-        .k = staged ? stage_ref(l, layer, false) : ps_ref(space, p->kv_offset[layer]),
-        .v = staged ? stage_ref(l, layer, true) : ps_ref(space, p->kv_offset[layer] + p->kv_v_skip),
+    const ps_unit_kv *kv = &p->kv[unit];
+    bool staged = is_staged(l, unit, side);
+    ps_space space = side == PS_SIDE_HOST    ? PS_SPACE_HOST_KV
+                     : kv->home == PS_KV_DEV ? PS_SPACE_DEV_KV
+                                             : PS_SPACE_HOST_KV_DEV;
+    return (ps_kv_view){.k = staged ? stage_ref(l, unit, false) : ps_ref(space, kv->offset),
+        .v = staged ? stage_ref(l, unit, true) : ps_ref(space, kv->offset + kv->v_skip),
         .table = in_batch(side, staged ? l->batch->stage_table : l->batch->table),
         .fmt = p->spec.kv_fmt,
-        .n_kv_head = l->hp->n_kv_head,
+        .n_kv_head = l->model->units[unit].n_rows,
         .head_dim = l->hp->head_dim,
         .page_tok = PS_KV_PAGE_TOK,
         .max_pages = p->max_pages,
@@ -153,60 +152,82 @@ static ps_kv_view kv_view(const lowering *l, uint32_t layer, ps_side side)
         .n_seq = p->spec.n_seq};
 }
 
-/* Pages [from, to) of the pass's sequence between a layer's stage and host memory, K and V. */
-static void copy_pages(lowering *l, uint32_t layer, bool in, uint32_t from, uint32_t to)
+/* Pages [from, to) of the pass's sequence between a unit's stage and host memory, K and V. */
+static void copy_pages(lowering *l, uint32_t unit, bool in, uint32_t from, uint32_t to)
 {
-    const ps_plan *p = l->plan;
-    uint64_t n_bytes = (to - from) * p->kv_page_bytes, skip = from * p->kv_page_bytes;
+    const ps_unit_kv *kv = &l->plan->kv[unit];
+    uint64_t n_bytes = (to - from) * kv->page_bytes, skip = from * kv->page_bytes;
     uint64_t host =
-        p->kv_offset[layer] + (uint64_t)l->shape.seq * p->max_pages * p->kv_page_bytes + skip;
+        kv->offset + (uint64_t)l->shape.seq * l->plan->max_pages * kv->page_bytes + skip;
     for (int v = 0; v < 2; v++) {
-        ps_dptr stage = ps_dptr_add(stage_ref(l, layer, v), skip);
-        ps_dptr home = ps_ref(PS_SPACE_HOST_KV, host + (v ? p->kv_v_skip : 0));
-        ps_emit_copy(
-            l->e, in, l->model->layers[layer].attn, in ? stage : home, in ? home : stage, n_bytes);
+        ps_dptr stage = ps_dptr_add(stage_ref(l, unit, v), skip);
+        ps_dptr home = ps_ref(PS_SPACE_HOST_KV, host + (v ? kv->v_skip : 0));
+        ps_emit_copy(l->e, in, (int32_t)unit, in ? stage : home, in ? home : stage, n_bytes);
     }
 }
 
-static void lower_attn(lowering *l, uint32_t layer, chunk c)
+/* What the stages of a layer need of earlier tokens; sent ahead of all else that its attention
+ * wants. */
+static void load_stages(lowering *l, uint32_t unit)
+{
+    const ps_unit *u = &l->model->units[unit];
+    for (uint32_t i = u->first_part; i < u->first_part + u->n_parts; i++) load_stages(l, i);
+    if (is_staged(l, unit, ps_plan_side(l->plan, l->shape.tier, unit)) && !ps_unit_is_cut(u))
+        copy_pages(l, unit, true, 0, pages_for(l->shape.first));
+}
+
+/* Where q, k and v of a chunk are, and how they lie there. */
+typedef struct qkv {
+    ps_dptr q, k, v;
+    uint32_t n_q, ldq, ldk; /* columns of q; ldk of v too */
+} qkv;
+
+static qkv emit_qkv(lowering *l, chunk c, uint32_t unit)
 {
     const ps_hparams *hp = l->hp;
-    uint32_t unit = (uint32_t)l->model->layers[layer].attn, i_rope = l->model->layers[layer].i_rope;
-    uint32_t nq = hp->n_head * hp->head_dim, nk = hp->n_kv_head * hp->head_dim;
-    ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0), att = in_buf(l, c.side, PS_BUF_ATT, 0);
-    ps_dptr q = in_buf(l, c.side, PS_BUF_Q, 0), k = in_buf(l, c.side, PS_BUF_K, 0),
-            v = in_buf(l, c.side, PS_BUF_V, 0);
-    bool fused = ps_model_find(l->model, unit, PS_W_QKV) != NULL;
-    uint32_t ldq = fused ? nq + 2 * nk : nq, ldk = fused ? ldq : nk;
-
-    bool staged = is_staged(l, layer, c.side);
-    if (staged && c.i == 0) copy_pages(l, layer, true, 0, pages_for(l->shape.first));
-    ps_lower_move_x(l, c);
-    ps_lower_emit_norm(l, c, unit, PS_W_NORM, chunk_x(l, c), (ps_dptr){0}, norm, c.n);
-    if (fused) {
-        k = ps_dptr_add(q, (uint64_t)nq * sizeof(float));
-        v = ps_dptr_add(k, (uint64_t)nk * sizeof(float));
-        ps_lower_emit_matmul(
-            l, c, unit, norm, c.n, hp->n_embd, &(linear){PS_W_QKV, PS_W_QKV_B, q, ldq}, 1, false);
-    } else {
-        linear qkv[3] = {
-            {PS_W_Q, PS_W_Q_B, q, ldq}, {PS_W_K, PS_W_K_B, k, ldk}, {PS_W_V, PS_W_V_B, v, ldk}};
-        ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd, qkv, 3, false);
+    uint32_t n_k = l->model->units[unit].n_rows * hp->head_dim,
+             n_q = n_k * (hp->n_head / hp->n_kv_head);
+    ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0);
+    qkv x = {.q = in_buf(l, c.side, PS_BUF_Q, 0),
+        .k = in_buf(l, c.side, PS_BUF_K, 0),
+        .v = in_buf(l, c.side, PS_BUF_V, 0),
+        .n_q = n_q,
+        .ldq = n_q,
+        .ldk = n_k};
+    if (ps_model_find(l->model, unit, PS_W_QKV) != NULL) {
+        x.k = ps_dptr_add(x.q, (uint64_t)n_q * sizeof(float));
+        x.v = ps_dptr_add(x.k, (uint64_t)n_k * sizeof(float));
+        x.ldq = x.ldk = n_q + 2 * n_k;
+        ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd,
+            &(linear){PS_W_QKV, PS_W_QKV_B, x.q, x.ldq}, 1, false);
+        return x;
     }
-    ps_qkv_prep_args prep = {.q = q,
-        .k = k,
-        .v = v,
+    linear parts[3] = {{PS_W_Q, PS_W_Q_B, x.q, x.ldq}, {PS_W_K, PS_W_K_B, x.k, x.ldk},
+        {PS_W_V, PS_W_V_B, x.v, x.ldk}};
+    ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd, parts, 3, false);
+    return x;
+}
+
+static void lower_attn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dptr y, bool add)
+{
+    const ps_hparams *hp = l->hp;
+    uint32_t i_rope = l->model->layers[layer].i_rope;
+    ps_dptr att = in_buf(l, c.side, PS_BUF_ATT, 0);
+    qkv x = emit_qkv(l, c, unit);
+    ps_qkv_prep_args prep = {.q = x.q,
+        .k = x.k,
+        .v = x.v,
         .q_norm = ps_lower_vector(l, c.side, unit, PS_W_Q_NORM),
         .k_norm = ps_lower_vector(l, c.side, unit, PS_W_K_NORM),
         .freq = in_const(c.side, l->plan->rope_offset[i_rope]),
         .pos = chunk_batch(c, l->batch->pos),
         .seq = chunk_batch(c, l->batch->seq),
-        .kv = kv_view(l, layer, c.side),
+        .kv = kv_view(l, unit, c.side),
         .n_tok = c.n,
-        .n_head = hp->n_head,
-        .ldq = ldq,
-        .ldk = ldk,
-        .ldv = ldk,
+        .n_head = x.n_q / hp->head_dim,
+        .ldq = x.ldq,
+        .ldk = x.ldk,
+        .ldv = x.ldk,
         .n_rot = hp->n_rot,
         .rope = hp->rope,
         .mag = l->plan->rope_mag[i_rope],
@@ -216,32 +237,32 @@ static void lower_attn(lowering *l, uint32_t layer, chunk c)
         prep.rope_pos =
             in_batch(c.side, l->batch->rope_pos + (uint64_t)c.first * 4 * sizeof(int32_t));
     ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_QKV_PREP, &prep, NULL, 0);
-    if (staged) /* saved while the attention goes on */
-        copy_pages(l, layer, false, page_of(l->shape.first + c.first),
+    if (is_staged(l, unit, c.side)) /* saved while the attention goes on */
+        copy_pages(l, unit, false, page_of(l->shape.first + c.first),
             pages_for(l->shape.first + c.first + c.n));
 
-    ps_attn_args attn = {.q = q,
+    ps_attn_args attn = {.q = x.q,
         .out = att,
         .sinks = ps_lower_vector(l, c.side, unit, PS_W_SINKS),
         .pos = prep.pos,
         .seq = prep.seq,
         .kv = prep.kv,
         .n_tok = c.n,
-        .n_head = hp->n_head,
-        .ldq = ldq,
-        .ldo = nq,
+        .n_head = prep.n_head,
+        .ldq = x.ldq,
+        .ldo = x.n_q,
         .max_kv = l->shape.max_kv,
         .window = l->model->layers[layer].window,
         .scale = hp->attn_scale,
         .softcap = hp->attn_softcap};
     ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ATTN, &attn, NULL, 0);
-    emit_output(l, c, unit, PS_W_O, PS_W_O_B, att, nq);
+    emit_output(l, c, unit, PS_W_O, PS_W_O_B, att, x.n_q, y, add);
 }
 
-static void lower_ffn(lowering *l, uint32_t layer, chunk c)
+static void lower_ffn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dptr y, bool add)
 {
     const ps_hparams *hp = l->hp;
-    uint32_t unit = (uint32_t)l->model->layers[layer].ffn, f = hp->n_ff;
+    uint32_t f = l->model->units[unit].n_rows;
     ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0), gate = in_buf(l, c.side, PS_BUF_GATE, 0),
             up = in_buf(l, c.side, PS_BUF_UP, 0);
     ps_act_args act = {.gate = gate,
@@ -253,19 +274,17 @@ static void lower_ffn(lowering *l, uint32_t layer, chunk c)
         .ldu = f,
         .ldo = f,
         .kind = hp->act};
-
-    ps_lower_move_x(l, c);
-    ps_lower_emit_norm(l, c, unit, PS_W_NORM, chunk_x(l, c), (ps_dptr){0}, norm, c.n);
-    if (hp->fused_gate_up) { /* one matrix, gate rows first; the gated result goes to the other
-                                buffer */
+    (void)layer;
+    if (ps_model_find(l->model, unit, PS_W_GATE) != NULL) {
+        linear parts[2] = {{PS_W_GATE, PS_W_GATE_B, gate, f}, {PS_W_UP, PS_W_UP_B, up, f}};
+        ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd, parts, 2, false);
+    } else if (hp->fused_gate_up) { /* one matrix, gate rows first; the gated result goes to the
+                                       other buffer */
         ps_lower_emit_matmul(
             l, c, unit, norm, c.n, hp->n_embd, &(linear){PS_W_UP, PS_W_UP_B, up, 2 * f}, 1, false);
         act.gate = up;
         act.up = ps_dptr_add(up, (uint64_t)f * sizeof(float));
         act.ldg = act.ldu = 2 * f;
-    } else if (hp->ffn_gated) {
-        linear parts[2] = {{PS_W_GATE, PS_W_GATE_B, gate, f}, {PS_W_UP, PS_W_UP_B, up, f}};
-        ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd, parts, 2, false);
     } else {
         ps_lower_emit_matmul(
             l, c, unit, norm, c.n, hp->n_embd, &(linear){PS_W_UP, PS_W_UP_B, up, f}, 1, false);
@@ -274,7 +293,7 @@ static void lower_ffn(lowering *l, uint32_t layer, chunk c)
         act.out = up;
     }
     ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ACT, &act, NULL, 0);
-    emit_output(l, c, unit, PS_W_DOWN, PS_W_DOWN_B, act.out, f);
+    emit_output(l, c, unit, PS_W_DOWN, PS_W_DOWN_B, act.out, f, y, add);
 }
 
 /* ---- both ends ---- */
@@ -301,61 +320,6 @@ static void lower_embed(lowering *l)
     }
 }
 
-/* The side where the hidden states of all chunks are current, fetched there if they are spread over
- * both. */
-static ps_side gather_side(lowering *l, ps_side wanted)
-{
-    bool all[PS_SIDE_COUNT] = {true, true};
-    for (int s = 0; s < PS_SIDE_COUNT; s++)
-        for (uint32_t i = 0; i < l->n_chunks; i++) all[s] = all[s] && l->x_on[s][i];
-    return all[wanted] || !all[other(wanted)] ? wanted : other(wanted);
-}
-
-static void lower_head(lowering *l)
-{
-    const ps_hparams *hp = l->hp;
-    uint32_t unit = (uint32_t)l->model->head;
-    ps_side side = ps_plan_side(l->plan, l->shape.tier, unit), from = gather_side(l, side);
-    for (uint32_t i = 0; i < l->n_chunks; i++) ps_lower_move_x(l, get_chunk(l, i, from));
-    chunk c = {.side = side};
-    for (uint32_t first = 0; first < l->shape.n_out; first += l->plan->spec.logit_rows) {
-        uint32_t left = l->shape.n_out - first,
-                 n = left < l->plan->spec.logit_rows ? left : l->plan->spec.logit_rows;
-        ps_dptr rows = in_buf(l, side, PS_BUF_ROWS, 0), picked = in_buf(l, from, PS_BUF_ROWS, 0);
-        ps_dptr out = ps_ref(PS_SPACE_OUT, (uint64_t)first * hp->n_vocab * sizeof(float));
-        ps_dptr logits = side == PS_SIDE_DEV ? in_buf(l, side, PS_BUF_LOGITS, 0) : out;
-        ps_gather_rows_args gather = {.x = in_buf(l, from, PS_BUF_X, 0),
-            .rows = in_batch(from, l->batch->rows + first * sizeof(int32_t)),
-            .out = picked,
-            .n_rows = n,
-            .n = hp->n_embd,
-            .n_x = l->shape.n_tok};
-        ps_emit_run(l->e, from, (int32_t)unit, PS_OP_GATHER_ROWS, &gather, NULL, 0);
-        if (from != side)
-            ps_emit_copy(l->e, side == PS_SIDE_DEV, (int32_t)unit, rows, picked,
-                (uint64_t)n * hp->n_embd * sizeof(float));
-        ps_lower_emit_norm(l, c, unit, PS_W_NORM, rows, (ps_dptr){0}, rows, n);
-        ps_lower_emit_matmul(l, c, unit, rows, n, hp->n_embd,
-            &(linear){PS_W_HEAD, PS_W_COUNT, logits, hp->n_vocab}, 1, false);
-        if (hp->logit_softcap > 0.0f) {
-            ps_softcap_args cap = {
-                .x = logits, .n = (uint64_t)n * hp->n_vocab, .cap = hp->logit_softcap};
-            ps_emit_run(l->e, side, (int32_t)unit, PS_OP_SOFTCAP, &cap, NULL, 0);
-        }
-        if (side == PS_SIDE_DEV)
-            ps_emit_copy(
-                l->e, false, (int32_t)unit, out, logits, (uint64_t)n * hp->n_vocab * sizeof(float));
-    }
-}
-
-typedef void (*block_fn)(lowering *l, uint32_t layer, chunk c);
-
-static void lower_block(lowering *l, uint32_t layer, uint32_t unit, block_fn fn)
-{
-    ps_side side = ps_plan_side(l->plan, l->shape.tier, unit);
-    for (uint32_t i = 0; i < l->n_chunks; i++) fn(l, layer, get_chunk(l, i, side));
-}
-
 static void lower_pass(lowering *l)
 {
     const ps_model *m = l->model;
@@ -364,13 +328,14 @@ static void lower_pass(lowering *l)
             l->e, true, -1, in_batch(PS_SIDE_DEV, 0), in_batch(PS_SIDE_HOST, 0), l->batch->n_bytes);
     lower_embed(l);
     for (uint32_t layer = 0; layer < l->hp->n_layer; layer++) {
-        lower_block(l, layer, (uint32_t)m->layers[layer].attn, lower_attn);
+        load_stages(l, (uint32_t)m->layers[layer].attn);
+        ps_lower_block(l, layer, (uint32_t)m->layers[layer].attn, lower_attn);
         if (m->layers[layer].ffn >= 0)
-            lower_block(l, layer, (uint32_t)m->layers[layer].ffn, lower_ffn);
+            ps_lower_block(l, layer, (uint32_t)m->layers[layer].ffn, lower_ffn);
         else
             ps_lower_moe(l, layer);
     }
-    if (l->shape.n_out > 0) lower_head(l);
+    if (l->shape.n_out > 0) ps_lower_head(l);
 }
 
 /* ---- entry points ---- */

@@ -1,4 +1,4 @@
-/* ps_lower_priv - what the three files of lowering share: the state of one lowering, references
+/* ps_lower_priv - what the files of lowering share: the state of one lowering, references
  * into memory, the ring and the pieces that every block is made of.
  *
  * Not here: anything that other modules may call (ps_ticks.h).
@@ -86,6 +86,8 @@ bool ps_lower_fits_ring(const lowering *l, uint32_t unit);
  * copies wait. */
 uint64_t ps_lower_take_slots(lowering *l, int32_t owner, uint64_t n_bytes);
 bool ps_lower_is_live(const lowering *l, int32_t owner, uint64_t at, uint64_t n_bytes);
+/* Bytes of a unit's image from `offset` on, in host memory. */
+ps_dptr ps_lower_at_host(const lowering *l, uint32_t unit, uint64_t offset);
 /* Copies part of a unit's image, at most a slot at a time: what needs only the first bytes must not
  * wait for the last. */
 void ps_lower_copy_pieces(
@@ -111,6 +113,16 @@ void ps_lower_emit_norm(lowering *l, chunk c, uint32_t unit, ps_role role, ps_dp
     ps_dptr residual, ps_dptr out, uint32_t n_tok);
 void ps_lower_emit_matmul(lowering *l, chunk c, uint32_t unit, ps_dptr x, uint32_t n_tok,
     uint32_t n_cols, const linear *parts, uint32_t n_parts, bool add);
+
+/* A block behind its norm: y (+)= block(norm), for the tokens of a chunk on its side. `unit` is the
+ * whole unit or a part of it, with what it has of rows or heads. */
+typedef void (*ps_lower_body)(
+    lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dptr y, bool add);
+/* Norm, body, norm behind it and residual, over every chunk; where the unit is split, on both sides
+ * at once. */
+void ps_lower_block(lowering *l, uint32_t layer, uint32_t unit, ps_lower_body body);
+/* Gathers the rows that logits are wanted of and multiplies them. */
+void ps_lower_head(lowering *l);
 
 /* A layer's router and experts, over every chunk (ps_lower_moe.c). */
 void ps_lower_moe(lowering *l, uint32_t layer);

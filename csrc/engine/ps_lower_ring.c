@@ -37,6 +37,18 @@ bool ps_lower_is_live(const lowering *l, int32_t owner, uint64_t at, uint64_t n_
     return true;
 }
 
+ps_dptr ps_lower_at_host(const lowering *l, uint32_t unit, uint64_t offset)
+{
+    const ps_unit *u = &l->model->units[unit];
+    if (u->of >= 0 && u->n_rows > 0 && l->plan->homes[u->of].host) {
+        /* Rows of a tied head: they lie in the image of the whole. */
+        const ps_weight *w = ps_model_find(l->model, (uint32_t)u->of, PS_W_HEAD);
+        offset += w->offset + u->first_row * w->row_bytes;
+        unit = (uint32_t)u->of;
+    }
+    return ps_ref(PS_SPACE_HOST_WEIGHTS, (uint64_t)unit << PS_IMAGE_SHIFT | offset);
+}
+
 /* A copy is never larger than a slot: what needs only the first bytes must not wait for the last.
  */
 void ps_lower_copy_pieces(
@@ -44,8 +56,7 @@ void ps_lower_copy_pieces(
 {
     for (uint64_t done = 0; done < n_bytes;) {
         uint64_t n = ps_min_u64(l->plan->spec.slot_bytes, n_bytes - done);
-        ps_dptr src =
-            ps_ref(PS_SPACE_HOST_WEIGHTS, (uint64_t)unit << PS_IMAGE_SHIFT | (image_at + done));
+        ps_dptr src = ps_lower_at_host(l, unit, image_at + done);
         ps_emit_copy(l->e, true, (int32_t)unit, ps_ref(PS_SPACE_DEV_RING, ring_at + done), src, n);
         done += n;
     }
@@ -80,8 +91,7 @@ static void stream_in(lowering *l, uint32_t unit)
 
 ps_dptr ps_lower_at_weight(lowering *l, ps_side side, uint32_t unit, const ps_weight *w)
 {
-    if (side == PS_SIDE_HOST)
-        return ps_ref(PS_SPACE_HOST_WEIGHTS, (uint64_t)unit << PS_IMAGE_SHIFT | w->offset);
+    if (side == PS_SIDE_HOST) return ps_lower_at_host(l, unit, w->offset);
     /* Asked first: biases of experts are resident even where their router streams. */
     uint64_t home = l->plan->homes[unit].dev_offset;
     if (home != UINT64_MAX) return ps_ref(PS_SPACE_DEV_WEIGHTS, home + w->offset);

@@ -56,7 +56,8 @@ static ps_status begin_unit(
         .first_weight = m->n_weights,
         .n_rows = 1,
         .row_step = 1,
-        .use = 1.0};
+        .use = 1.0,
+        .of = -1};
     if (layer < 0)
         snprintf(u->name, sizeof u->name, "%s", ps_unit_kind_name(kind));
     else if (expert < 0)
@@ -128,11 +129,11 @@ static ps_status push_weight(builder *b, const ps_gguf_tensor *t, const want *w)
         .file_fmt = t->fmt,
         .n_rows = w->n_rows,
         .n_cols = w->n_cols};
-    uint64_t file_row = 0, n_bytes = 0, end = 0;
+    uint64_t n_bytes = 0, end = 0;
     if (!ps_fmt_row_bytes(x->fmt, x->n_cols, &x->row_bytes) ||
-        !ps_fmt_row_bytes(t->fmt, x->n_cols, &file_row) ||
+        !ps_fmt_row_bytes(t->fmt, x->n_cols, &x->file_row_bytes) ||
         !ps_mul_u64(x->row_bytes, x->n_rows, &n_bytes) ||
-        !ps_mul_u64(file_row, x->n_rows, &x->tensor_skip) ||
+        !ps_mul_u64(x->file_row_bytes, x->n_rows, &x->tensor_skip) ||
         !ps_mul_u64(x->tensor_skip, w->i_stack, &x->tensor_skip) ||
         !ps_round_up_u64(u->n_bytes, PS_WEIGHT_ALIGN, &x->offset) ||
         !ps_add_u64(x->offset, n_bytes, &end) || end >> 40 != 0)
@@ -236,6 +237,15 @@ static ps_status build_attn(builder *b, uint32_t layer)
     return PS_OK;
 }
 
+/* Parts are whole blocks of DOWN's rows, and where the block is short (16-bit weights: 1) enough of
+ * them that rows of a part begin where vectors can be loaded. */
+static uint32_t ffn_step(uint32_t n_ff, uint32_t block)
+{
+    uint32_t step = block;
+    while (step < 64 && n_ff % (2 * step) == 0) step *= 2;
+    return step;
+}
+
 static ps_status build_ffn(builder *b, uint32_t layer)
 {
     ps_model *m = b->model;
@@ -257,7 +267,7 @@ static ps_status build_ffn(builder *b, uint32_t layer)
         "blk.%u.ffn_up.weight", layer));
     TRY(add(b, (want){PS_W_DOWN, false, n, f, 0, 0}, NULL, "blk.%u.ffn_down.weight", layer));
     m->units[unit].n_rows = f;
-    m->units[unit].row_step = block_elems(m, (uint32_t)unit, PS_W_DOWN);
+    m->units[unit].row_step = ffn_step(f, block_elems(m, (uint32_t)unit, PS_W_DOWN));
     return PS_OK;
 }
 

@@ -71,11 +71,13 @@ typedef struct ps_weight {
     uint32_t fmt;    /* in the image */
     uint32_t n_rows; /* 1 for 1-D tensors; n_expert for stacked biases */
     uint32_t n_cols;
-    uint64_t row_bytes;   /* n_rows * row_bytes bytes in the image */
-    uint64_t offset;      /* in the unit's image */
-    uint32_t i_tensor;    /* in the file's directory */
-    uint64_t tensor_skip; /* bytes into the tensor's data (experts) */
-    uint32_t file_fmt;    /* in the file; differs from fmt for 1-D tensors that are not F32 there */
+    uint64_t row_bytes;      /* n_rows * row_bytes bytes in the image */
+    uint64_t offset;         /* in the unit's image */
+    uint32_t i_tensor;       /* in the file's directory */
+    uint64_t tensor_skip;    /* bytes into the tensor's data (experts, parts) */
+    uint64_t file_row_bytes; /* from a row to the next in the file; more than row_bytes where the
+                                weight is some columns of the tensor */
+    uint32_t file_fmt; /* in the file; differs from fmt for 1-D tensors that are not F32 there */
 } ps_weight;
 
 typedef struct ps_unit {
@@ -90,7 +92,18 @@ typedef struct ps_unit {
     uint32_t row_step; /* boundaries of a Split are multiples of this */
     uint32_t kv_bytes_per_tok; /* f16 cache; 0 unless attn */
     double use;                /* share of tokens that need it: 1, or n_expert_used / n_expert */
+    /* Only in a model that a plan has cut (ps_cut). */
+    int32_t of; /* unit that this one is a part of: rows first_row .. + n_rows; -1: whole */
+    uint32_t first_row;
+    uint32_t first_part, n_parts; /* where it is cut: units that take its place; 0 parts: whole.
+                                     The first holds its norms and computes no rows (n_rows 0) */
 } ps_unit;
+
+/* Only a name for its parts, which are loaded and computed in its place. */
+static inline bool ps_unit_is_cut(const ps_unit *unit)
+{
+    return unit->n_parts > 0;
+}
 
 typedef struct ps_layer {
     int32_t attn, ffn, router, first_expert; /* unit indices; -1 where the layer has none */
@@ -125,7 +138,7 @@ struct ps_model {
     int32_t head;
     uint64_t n_bytes;         /* of all images */
     uint8_t digest[32];       /* of the metadata and the tensor directory */
-    struct ps_images *images; /* owns; host images filled so far */
+    struct ps_images *images; /* owns; host images filled so far; none of parts */
 };
 
 /* Opens a file (any part of a split one). Weights are not read yet. */

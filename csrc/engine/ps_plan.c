@@ -1,12 +1,13 @@
-/* ps_plan - see ps_plan.h. Creation goes: copy the spec, check the rules, find each unit's homes,
- * size the buffers (asking lowering how much workspace its ops want), lay everything out, compare
- * with the budget. */
+/* ps_plan - see ps_plan.h. Creation goes: copy the spec, cut split units into parts (ps_cut), check
+ * the rules, find each unit's homes, size the buffers (asking lowering how much workspace its ops
+ * want), lay everything out, compare with the budget. */
 #include "engine/ps_plan.h"
 
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
+#include "engine/ps_cut.h"
 #include "engine/ps_ticks.h"
 
 #define TRY(call)                                                                                  \
@@ -37,12 +38,13 @@ ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit)
 
 /* ---- rules ---- */
 
-static ps_status fail_unit(
+ps_status ps_plan_refuse(
     const ps_plan *p, uint32_t tier, uint32_t unit, ps_err *err, const char *what)
 {
     if (err == NULL || err->status != PS_OK) return PS_EPLAN;
-    ps_fail_field(err, PS_EPLAN, p->model->units[unit].name, "unit %s, tier %s: %s",
-        p->model->units[unit].name, p->tiers[tier].name, what);
+    const ps_unit *units = p->model->units;
+    ps_fail_field(err, PS_EPLAN, units[ps_plan_whole(p, (int32_t)unit)].name,
+        "unit %s, tier %s: %s", units[unit].name, p->tiers[tier].name, what);
     snprintf(err->extra, sizeof err->extra, "%s", p->tiers[tier].name);
     return PS_EPLAN;
 }
@@ -90,19 +92,19 @@ static ps_status check_streamed(const ps_plan *p, uint32_t tier, uint32_t unit, 
     uint64_t ring = p->spec.n_slots * p->spec.slot_bytes,
              half = ps_max_u64(p->spec.n_slots / 2, 1) * p->spec.slot_bytes;
     if (ring == 0)
-        return fail_unit(
+        return ps_plan_refuse(
             p, tier, unit, err, "a streamed unit needs a ring; give n_slots and slot_bytes");
     if (u->n_bytes <= ring && u->kind != PS_UNIT_EXPERT) return PS_OK;
     if (u->kind == PS_UNIT_EXPERT && u->n_bytes > half)
-        return fail_unit(p, tier, unit, err,
+        return ps_plan_refuse(p, tier, unit, err,
             "half the ring is smaller than one expert; give more or larger slots");
     for (uint32_t i = 0; i < u->n_weights; i++) {
         const ps_weight *w = &p->model->weights[u->first_weight + i];
         if (w->row_bytes > half)
-            return fail_unit(p, tier, unit, err,
+            return ps_plan_refuse(p, tier, unit, err,
                 "half the ring is smaller than one row; give more or larger slots");
         if (u->n_bytes > ring && i > 0 && w->n_rows == 1 && w[-1].n_rows > 1)
-            return fail_unit(
+            return ps_plan_refuse(
                 p, tier, unit, err, "the unit is larger than the ring; give more or larger slots");
     }
     return PS_OK;
@@ -114,16 +116,13 @@ static ps_status check_places(const ps_plan *p, ps_err *err)
     for (uint32_t t = 0; t < p->spec.n_tiers; t++)
         for (uint32_t u = 0; u < m->n_units; u++) {
             ps_place place = ps_plan_place(p, t, u), first = ps_plan_place(p, 0, u);
-            if (place.kind > PS_PLACE_SPLIT) return fail_unit(p, t, u, err, "no such place");
-            if (place.kind == PS_PLACE_SPLIT)
-                return fail_unit(p, t, u, err,
-                    "splitting a unit is not part of this version; use vram, stream or cpu");
+            if (place.kind > PS_PLACE_SPLIT) return ps_plan_refuse(p, t, u, err, "no such place");
             if (place.kind != PS_PLACE_CPU && !p->spec.accelerator)
-                return fail_unit(
+                return ps_plan_refuse(
                     p, t, u, err, "this device has no memory of its own; every unit must be cpu");
             if (place.kind == PS_PLACE_STREAM) TRY(check_streamed(p, t, u, err));
             if ((place.kind == PS_PLACE_VRAM) != (first.kind == PS_PLACE_VRAM))
-                return fail_unit(
+                return ps_plan_refuse(
                     p, t, u, err, "a unit's share of VRAM must be the same in all tiers");
         }
     return PS_OK;
@@ -136,24 +135,48 @@ static bool has_role(const ps_model *m, uint32_t unit, ps_role role)
     return ps_model_find(m, unit, role) != NULL;
 }
 
+static bool has_kv(const ps_unit *u)
+{
+    return u->kind == PS_UNIT_ATTN && u->n_rows > 0 && !ps_unit_is_cut(u);
+}
+
+static ps_status find_kv_home(ps_plan *p, uint32_t unit, ps_err *err)
+{
+    uint32_t n_on[PS_SIDE_COUNT] = {0}, layer = (uint32_t)p->model->units[unit].layer;
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++) n_on[ps_plan_side(p, t, unit)]++;
+    uint32_t vram_tok = p->has_kv_vram_tok ? p->kv_vram_tok[layer] : p->spec.n_ctx;
+    if (vram_tok != 0 && vram_tok < p->spec.n_ctx)
+        return ps_plan_refuse(
+            p, 0, unit, err, "kv_vram_tok must be 0 or at least n_ctx in this version");
+    if (n_on[PS_SIDE_DEV] == 0)
+        p->kv[unit].home = PS_KV_HOST;
+    else if (n_on[PS_SIDE_HOST] == 0 && vram_tok > 0)
+        p->kv[unit].home = PS_KV_DEV;
+    else
+        p->kv[unit].home = PS_KV_BACKED;
+    p->kv_backed = p->kv_backed || p->kv[unit].home == PS_KV_BACKED;
+    return PS_OK;
+}
+
 static ps_status find_kv_homes(ps_plan *p, ps_err *err)
 {
-    for (uint32_t i = 0; i < p->model->hp.n_layer; i++) {
-        uint32_t unit = (uint32_t)p->model->layers[i].attn, n_on[PS_SIDE_COUNT] = {0};
-        for (uint32_t t = 0; t < p->spec.n_tiers; t++) n_on[ps_plan_side(p, t, unit)]++;
-        uint32_t vram_tok = p->has_kv_vram_tok ? p->kv_vram_tok[i] : p->spec.n_ctx;
-        if (vram_tok != 0 && vram_tok < p->spec.n_ctx)
-            return fail_unit(
-                p, 0, unit, err, "kv_vram_tok must be 0 or at least n_ctx in this version");
-        if (n_on[PS_SIDE_DEV] == 0)
-            p->kv_home[i] = PS_KV_HOST;
-        else if (n_on[PS_SIDE_HOST] == 0 && vram_tok > 0)
-            p->kv_home[i] = PS_KV_DEV;
-        else
-            p->kv_home[i] = PS_KV_BACKED;
-        p->kv_backed = p->kv_backed || p->kv_home[i] == PS_KV_BACKED;
-    }
+    for (uint32_t u = 0; u < p->model->n_units; u++)
+        if (has_kv(&p->model->units[u])) TRY(find_kv_home(p, u, err));
     return PS_OK;
+}
+
+/* A unit that is cut has no home but those of its parts; only single rows of a tied head are looked
+ * up wherever they belong, so that one stays in host memory as it is in the file. */
+static void find_homes_of_cut(ps_plan *p, uint32_t unit)
+{
+    const ps_unit *u = &p->model->units[unit];
+    ps_unit_home *homes = p->homes;
+    homes[unit] =
+        (ps_unit_home){.dev_offset = UINT64_MAX, .host = (int32_t)unit == p->model->embed};
+    for (uint32_t i = u->first_part; i < u->first_part + u->n_parts; i++)
+        homes[i].host = homes[i].host && !homes[unit].host;
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++) /* where the CPU alone computes, its norms too */
+        if (ps_plan_side(p, t, unit) == PS_SIDE_HOST) homes[u->first_part].host = true;
 }
 
 static void find_homes(ps_plan *p)
@@ -170,6 +193,8 @@ static void find_homes(ps_plan *p)
                 p->homes[u].host = true;
         }
     }
+    for (uint32_t u = 0; u < m->n_units; u++)
+        if (ps_unit_is_cut(&m->units[u])) find_homes_of_cut(p, u);
     /* Biases of experts belong to the router but are needed wherever an expert computes; on the GPU
      * they are resident, so that bringing them in can never push a group of experts out of the
      * ring. */
@@ -227,10 +252,13 @@ static void size_buffers(ps_plan *p)
     uint64_t c = s->chunk_tok, f = sizeof(float), nq = (uint64_t)hp->n_head * hp->head_dim,
              nk = (uint64_t)hp->n_kv_head * hp->head_dim;
     uint64_t assigned = c * hp->n_expert_used;
-    bool fused = false, split_qkv = false, post = false, dense = false, experts = false;
+    bool fused = false, split_qkv = false, post = false, dense = false, experts = false,
+         cut = false;
     for (uint32_t i = 0; i < hp->n_layer; i++) {
         const ps_layer *y = &p->model->layers[i];
-        bool is_fused = has_role(p->model, (uint32_t)y->attn, PS_W_QKV);
+        bool is_cut = ps_unit_is_cut(&p->model->units[y->attn]), /* then parts have three weights */
+            is_fused = has_role(p->model, (uint32_t)y->attn, PS_W_QKV) && !is_cut;
+        cut = cut || is_cut || (y->ffn >= 0 && ps_unit_is_cut(&p->model->units[y->ffn]));
         fused = fused || is_fused;
         split_qkv = split_qkv || !is_fused;
         post = post || has_role(p->model, (uint32_t)y->attn, PS_W_POST_NORM) ||
@@ -241,7 +269,8 @@ static void size_buffers(ps_plan *p)
     uint64_t *b = p->buf_bytes;
     b[PS_BUF_X] = (uint64_t)s->pass_tok * hp->n_embd * f;
     b[PS_BUF_NORM] = c * hp->n_embd * f;
-    b[PS_BUF_OUT] = post ? c * hp->n_embd * f : 0;
+    b[PS_BUF_OUT] = post || cut ? c * hp->n_embd * f : 0;
+    b[PS_BUF_OUT_OTHER] = cut ? c * hp->n_embd * f : 0;
     b[PS_BUF_Q] = c * (fused ? nq + 2 * nk : nq) * f;
     b[PS_BUF_K] = b[PS_BUF_V] = split_qkv ? c * nk * f : 0;
     b[PS_BUF_ATT] = c * nq * f;
@@ -260,7 +289,7 @@ static void size_buffers(ps_plan *p)
  * region. */
 static uint64_t lay_out_buffers(ps_plan *p)
 {
-    static const ps_buf always[] = {PS_BUF_X, PS_BUF_NORM, PS_BUF_OUT, PS_BUF_WS};
+    static const ps_buf always[] = {PS_BUF_X, PS_BUF_NORM, PS_BUF_OUT, PS_BUF_OUT_OTHER, PS_BUF_WS};
     static const ps_buf phases[][6] = {
         {PS_BUF_Q, PS_BUF_K, PS_BUF_V, PS_BUF_ATT, PS_BUF_COUNT},
         {PS_BUF_GATE, PS_BUF_UP, PS_BUF_COUNT},
@@ -332,11 +361,41 @@ static bool streams(const ps_plan *p)
     return false;
 }
 
+/* The cache of each attention unit, or of each part's heads, on its side. */
+static ps_status lay_out_kv(ps_plan *p, ps_err *err)
+{
+    const ps_hparams *hp = &p->model->hp;
+    uint64_t *bytes = p->space_bytes, row = 0, layer_kv = 0, n_pages = 0;
+    p->max_pages = (p->spec.n_ctx + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK;
+    n_pages = (uint64_t)p->max_pages * p->spec.n_seq;
+    if (!ps_fmt_row_bytes(p->spec.kv_fmt, hp->head_dim, &row) ||
+        !ps_mul_u64(row * PS_KV_PAGE_TOK, hp->n_kv_head, &p->kv_page_bytes) ||
+        !ps_mul_u64(p->kv_page_bytes, 2 * n_pages, &layer_kv) ||
+        layer_kv > UINT64_MAX / 2 / hp->n_layer)
+        return ps_fail_field(err, PS_EREQUEST, "n_ctx",
+            "a KV cache of %u sequences of %u tokens overflows", p->spec.n_seq, p->spec.n_ctx);
+    for (uint32_t u = 0; u < p->model->n_units; u++) {
+        if (!has_kv(&p->model->units[u])) continue;
+        ps_unit_kv *kv = &p->kv[u];
+        ps_space space = kv->home == PS_KV_DEV ? PS_SPACE_DEV_KV : PS_SPACE_HOST_KV;
+        kv->offset = bytes[space];
+        kv->page_bytes = row * PS_KV_PAGE_TOK * p->model->units[u].n_rows;
+        kv->v_skip = kv->page_bytes * n_pages;
+        bytes[space] += 2 * kv->v_skip;
+    }
+    p->kv_stage_offset = bytes[PS_SPACE_DEV_KV];
+    if (p->kv_backed) {
+        bytes[PS_SPACE_DEV_KV] += PS_KV_STAGES * 2 * p->kv_page_bytes * p->max_pages;
+        bytes[PS_SPACE_HOST_KV_DEV] = bytes[PS_SPACE_HOST_KV];
+    }
+    return PS_OK;
+}
+
 static ps_status lay_out(ps_plan *p, ps_err *err)
 {
     const ps_model *m = p->model;
     const ps_hparams *hp = &m->hp;
-    uint64_t *bytes = p->space_bytes, row = 0, layer_kv = 0;
+    uint64_t *bytes = p->space_bytes;
     uint32_t n_table = 0;
 
     for (uint32_t u = 0; u < m->n_units; u++)
@@ -345,23 +404,7 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
             bytes[PS_SPACE_DEV_WEIGHTS] += align_up(m->units[u].n_bytes);
         }
     if (streams(p)) bytes[PS_SPACE_DEV_RING] = p->spec.n_slots * p->spec.slot_bytes;
-    p->max_pages = (p->spec.n_ctx + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK;
-    if (!ps_fmt_row_bytes(p->spec.kv_fmt, hp->head_dim, &row) ||
-        !ps_mul_u64(row * PS_KV_PAGE_TOK, hp->n_kv_head, &p->kv_page_bytes) ||
-        !ps_mul_u64(p->kv_page_bytes, (uint64_t)p->max_pages * p->spec.n_seq, &p->kv_v_skip) ||
-        !ps_mul_u64(p->kv_v_skip, 2, &layer_kv) || layer_kv > UINT64_MAX / 2 / hp->n_layer)
-        return ps_fail_field(err, PS_EREQUEST, "n_ctx",
-            "a KV cache of %u sequences of %u tokens overflows", p->spec.n_seq, p->spec.n_ctx);
-    for (uint32_t i = 0; i < hp->n_layer; i++) {
-        ps_space space = p->kv_home[i] == PS_KV_DEV ? PS_SPACE_DEV_KV : PS_SPACE_HOST_KV;
-        p->kv_offset[i] = bytes[space];
-        bytes[space] += layer_kv;
-    }
-    p->kv_stage_offset = bytes[PS_SPACE_DEV_KV];
-    if (p->kv_backed) {
-        bytes[PS_SPACE_DEV_KV] += PS_KV_STAGES * 2 * p->kv_page_bytes * p->max_pages;
-        bytes[PS_SPACE_HOST_KV_DEV] = bytes[PS_SPACE_HOST_KV];
-    }
+    TRY(lay_out_kv(p, err));
     size_buffers(p);
     TRY(measure(p, &p->buf_bytes[PS_BUF_WS], &n_table, err));
     uint64_t act = lay_out_buffers(p);
@@ -428,14 +471,16 @@ static ps_status fill(ps_plan *p, const ps_plan_spec *spec, ps_err *err)
         copy_of(spec->places, (uint64_t)spec->n_tiers * m->n_units, sizeof *p->places);
     p->spec.kv_vram_tok = p->kv_vram_tok =
         copy_of(spec->kv_vram_tok, m->hp.n_layer, sizeof *p->kv_vram_tok);
-    p->homes = ps_alloc(m->n_units, sizeof *p->homes);
-    p->kv_offset = ps_alloc(m->hp.n_layer, sizeof *p->kv_offset);
-    p->kv_home = ps_alloc(m->hp.n_layer, sizeof *p->kv_home);
     p->has_kv_vram_tok = spec->kv_vram_tok != NULL;
-    if (p->tiers == NULL || p->places == NULL || p->kv_vram_tok == NULL || p->homes == NULL ||
-        p->kv_offset == NULL || p->kv_home == NULL)
+    if (p->tiers == NULL || p->places == NULL || p->kv_vram_tok == NULL)
         return ps_fail(err, PS_ENOMEM, "no host memory for a plan of %u units", m->n_units);
     TRY(check_numbers(p, err));
+    TRY(ps_cut_places(p, err));
+    m = p->model;
+    p->homes = ps_alloc(m->n_units, sizeof *p->homes);
+    p->kv = ps_alloc(m->n_units, sizeof *p->kv);
+    if (p->homes == NULL || p->kv == NULL)
+        return ps_fail(err, PS_ENOMEM, "no host memory for a plan of %u units", m->n_units);
     TRY(check_places(p, err));
     TRY(find_kv_homes(p, err));
     find_homes(p);
@@ -480,7 +525,7 @@ void ps_plan_destroy(ps_plan *plan)
     ps_free(plan->places);
     ps_free(plan->kv_vram_tok);
     ps_free(plan->homes);
-    ps_free(plan->kv_offset);
-    ps_free(plan->kv_home);
+    ps_free(plan->kv);
+    ps_cut_destroy(plan->cut);
     ps_free(plan);
 }

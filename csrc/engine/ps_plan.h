@@ -16,7 +16,7 @@ typedef enum ps_place_kind {
     PS_PLACE_CPU,    /* host memory, CPU computes */
     PS_PLACE_VRAM,   /* resident */
     PS_PLACE_STREAM, /* host memory, copied into slots, GPU computes */
-    PS_PLACE_SPLIT,  /* shares of vram and stream, the rest on the CPU, at once */
+    PS_PLACE_SPLIT,  /* shares of vram and stream, the rest on the CPU, at once (ps_cut) */
 } ps_place_kind;
 
 typedef struct ps_place {
@@ -100,7 +100,9 @@ typedef enum ps_buf {
     PS_BUF_K,
     PS_BUF_V,
     PS_BUF_ATT, /* f32 [chunk][n_head * head_dim] */
-    PS_BUF_OUT, /* f32 [chunk][n_embd] a block's output before post norm */
+    PS_BUF_OUT, /* f32 [chunk][n_embd] a block's output before post norm; of a split one, one side's
+                   share of it */
+    PS_BUF_OUT_OTHER, /* the same, computed on the other side */
     PS_BUF_GATE,
     PS_BUF_UP,      /* f32 [chunk][n_ff] */
     PS_BUF_ROUTER,  /* f32 [chunk][n_expert] */
@@ -119,28 +121,44 @@ typedef struct ps_unit_home {
     bool host;           /* needs its host image in some tier */
 } ps_unit_home;
 
+/* Where the KV of an attention unit (or of a part of one: of its heads) lives.
+ * DEV: in VRAM. HOST: in host memory, attention on the CPU. BACKED: in host memory, attention
+ * (also) on the GPU: a prompt's pass works on a stage in VRAM that holds the one layer in hand,
+ * loaded before and saved behind the compute; single tokens are attended where they lie, over the
+ * bus. */
+typedef enum ps_kv_home { PS_KV_DEV, PS_KV_HOST, PS_KV_BACKED } ps_kv_home;
+enum { PS_KV_STAGES = 2 }; /* one layer loads while another computes */
+
+typedef struct ps_unit_kv { /* zeros unless attention */
+    ps_kv_home home;
+    uint64_t offset;     /* of K in DEV_KV or HOST_KV */
+    uint64_t page_bytes; /* K (or V) of one page */
+    uint64_t v_skip;     /* from K to V */
+} ps_unit_kv;
+
 typedef struct ps_plan {
-    const ps_model *model; /* borrows */
-    ps_plan_spec spec;     /* its pointers are those below */
-    ps_tier *tiers;        /* owns; [n_tiers] */
-    ps_place *places;      /* owns; [n_tiers][n_units] */
-    uint32_t *kv_vram_tok; /* owns; [n_layer] */
-    bool has_kv_vram_tok;  /* false: the spec left it to the places */
-    ps_unit_home *homes;   /* owns; [n_units] */
-    uint8_t *kv_home;      /* owns; [n_layer] ps_kv_home */
-    uint64_t *kv_offset;   /* owns; [n_layer] of K in DEV_KV or HOST_KV; V lies kv_v_skip behind */
+    /* The model as this plan cuts it: `cut` where some unit is split, else the caller's (borrowed).
+     * n_units below is its number of units. */
+    const ps_model *model;
+    ps_model *cut;            /* owns, but for what it shares with the caller's model; NULL: none */
+    ps_plan_spec spec;        /* its pointers are those below */
+    ps_tier *tiers;           /* owns; [n_tiers] */
+    ps_place *places;         /* owns; [n_tiers][n_units] */
+    uint32_t *kv_vram_tok;    /* owns; [n_layer] */
+    bool has_kv_vram_tok;     /* false: the spec left it to the places */
+    ps_unit_home *homes;      /* owns; [n_units] */
+    ps_unit_kv *kv;           /* owns; [n_units] */
     uint64_t kv_stage_offset; /* in DEV_KV: stages of BACKED layers, K and V of one sequence each */
-    bool kv_backed;           /* is any layer BACKED */
+    bool kv_backed;           /* is any unit's BACKED */
     bool uses[PS_SIDE_COUNT]; /* does any unit compute there in any tier */
     uint64_t buf_offset[PS_BUF_COUNT]; /* in DEV_ACT and HOST_ACT alike */
     uint64_t buf_bytes[PS_BUF_COUNT];
     uint64_t space_bytes[PS_SPACE_COUNT];
     uint64_t dev_base[PS_SPACE_COUNT]; /* of each DEV space in the arena */
     uint64_t bytes_by_kind[PS_MEM_KIND_COUNT];
-    uint64_t needed_bytes; /* their sum */
-    uint32_t max_pages;    /* KV pages of one sequence */
-    uint64_t kv_page_bytes,
-        kv_v_skip; /* K (or V) of one page of one layer; from K to V of a layer */
+    uint64_t needed_bytes;                /* their sum */
+    uint32_t max_pages;                   /* KV pages of one sequence */
+    uint64_t kv_page_bytes;               /* K (or V) of one page of one layer, all heads */
     uint64_t rope_offset[PS_ROPE_TABLES]; /* f32 [n_rot / 2] in DEV_CONST and HOST_CONST */
     float rope_mag[PS_ROPE_TABLES];
     uint64_t tables_offset; /* expert addresses of the pass, in both CONST spaces */
@@ -157,15 +175,17 @@ static inline ps_place ps_plan_place(const ps_plan *plan, uint32_t tier, uint32_
 {
     return plan->places[(size_t)tier * plan->model->n_units + unit];
 }
-/* Where a unit computes in a tier. A Split counts as DEV. */
+/* Where a unit computes in a tier; where it is split, where its shares are joined: on the GPU if
+ * any of it computes there. */
 ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit);
-/* Where a layer's KV lives.
- * DEV: in VRAM. HOST: in host memory, attention on the CPU. BACKED: in host memory, attention
- * (also) on the GPU: a prompt's pass works on a stage in VRAM that holds the one layer in hand,
- * loaded before and saved behind the compute; single tokens are attended where they lie, over the
- * bus. */
-typedef enum ps_kv_home { PS_KV_DEV, PS_KV_HOST, PS_KV_BACKED } ps_kv_home;
-enum { PS_KV_STAGES = 2 }; /* one layer loads while another computes */
+/* The unit of the caller's model that this one is, or is a part of. */
+static inline int32_t ps_plan_whole(const ps_plan *plan, int32_t unit)
+{
+    return unit >= 0 && plan->model->units[unit].of >= 0 ? plan->model->units[unit].of : unit;
+}
+/* PS_EPLAN about a unit in a tier, for all that check places. */
+ps_status ps_plan_refuse(
+    const ps_plan *plan, uint32_t tier, uint32_t unit, ps_err *err, const char *what);
 
 /* References that name the same bytes, made equal. */
 static inline ps_dptr ps_ref_canonical(ps_dptr r)

@@ -153,7 +153,7 @@ static ps_status read_tick(
     bool copies = k->kind == PS_TICK_COPY_IN || k->kind == PS_TICK_COPY_OUT;
     *out = (ps_trace_tick){.tick = i,
         .cause = cause,
-        .unit = k->unit,
+        .unit = ps_plan_whole(b->ticks->plan, k->unit),
         .kind = k->kind,
         .stream = k->stream,
         .op = k->op,

@@ -56,9 +56,22 @@ static const char *const models[] = {"llama.q4_k_m.gguf", "llama3-rope.q8_0.gguf
     "gpt-oss.mxfp4.gguf"};
 enum { N_MODELS = sizeof models / sizeof *models };
 
-/* Which units go where: none or all in VRAM, patterns that put neighbours on different sides, and
- * from FIRST_STREAMED on patterns with streamed units, through rings from roomy to tight. */
-enum { FIRST_STREAMED = 8, N_PATTERNS = 20 };
+/* Shares of one unit: the same of VRAM in every tier, others of the ring. */
+static void split(fixture *f, uint32_t unit, uint64_t *seed)
+{
+    static const float shares[] = {0.0f, 0.25f, 0.5f, 0.001f, 0.6f};
+    float vram = shares[ps_rng_next(seed) % 5];
+    for (uint32_t t = 0; t < 3; t++) {
+        float stream = shares[ps_rng_next(seed) % 5];
+        f->places[t * f->model->n_units + unit] =
+            (ps_place){PS_PLACE_SPLIT, vram, vram + stream > 1.0f || t == 2 ? 1.0f - vram : stream};
+    }
+}
+
+/* Which units go where: none or all in VRAM, patterns that put neighbours on different sides; from
+ * FIRST_STREAMED on patterns with streamed units, through rings from roomy to tight; and from
+ * FIRST_SPLIT on with split ones too. */
+enum { FIRST_STREAMED = 8, FIRST_SPLIT = 20, N_PATTERNS = 32 };
 static void apply_pattern(fixture *f, int pattern)
 {
     static const uint32_t rings[][2] = {
@@ -69,6 +82,9 @@ static void apply_pattern(fixture *f, int pattern)
         bool vram = pattern == 1 || (pattern == 2 && u % 2 == 0) || (pattern > 2 && draw % 2 == 0);
         bool stream = pattern == FIRST_STREAMED || (pattern > FIRST_STREAMED && draw < 4);
         place(f, u, stream ? PS_PLACE_STREAM : vram ? PS_PLACE_VRAM : PS_PLACE_CPU);
+        ps_unit_kind kind = f->model->units[u].kind;
+        bool can = kind == PS_UNIT_ATTN || kind == PS_UNIT_FFN || kind == PS_UNIT_HEAD;
+        if (pattern >= FIRST_SPLIT && can && draw != 0) split(f, u, &seed);
     }
     static const uint32_t none_in_vram[64] = {0};
     f->spec.kv_vram_tok = pattern % 3 == 2 ? none_in_vram : NULL;
@@ -179,11 +195,153 @@ PS_TEST(rules_are_plan_errors)
     close_fixture(&f);
 }
 
+static void split_at(fixture *f, uint32_t unit, uint32_t tier, float vram, float stream)
+{
+    f->places[tier * f->model->n_units + unit] = (ps_place){PS_PLACE_SPLIT, vram, stream};
+}
+
+/* Every row of a unit is in one part, every part of one place in each tier, and only norms are in
+ * none. */
+PS_TEST(splits_are_cut_at_every_boundary)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen2.q8_0.gguf", true)) return;
+    apply_pattern(&f, 0);
+    f.spec.n_slots = 4;
+    f.spec.slot_bytes = 64 << 10;
+    uint32_t ffn = (uint32_t)f.model->layers[0].ffn, n_units = f.model->n_units;
+    PS_CHECK(f.model->units[ffn].n_rows == 256 && f.model->units[ffn].row_step == 64);
+    split_at(&f, ffn, 0, 0.3f, 0.2f);   /* 64, to 128 */
+    split_at(&f, ffn, 1, 0.2f, 0.5f);   /* 64, to 192 */
+    split_at(&f, ffn, 2, 0.25f, 0.75f); /* 64, to the end */
+    ps_plan *plan = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    if (plan == NULL) return;
+    const ps_unit *u = &plan->model->units[ffn];
+    static const char *const names[] = {"blk.0.ffn[norms]", "blk.0.ffn[0:64]", "blk.0.ffn[64:128]",
+        "blk.0.ffn[128:192]", "blk.0.ffn[192:256]"};
+    static const char *const places[] = {"vvvv", "vvvv", "xsss", "xcss", "xccs"};
+    PS_CHECK(plan->model != f.model && u->n_parts == 5 && u->first_part == n_units);
+    uint64_t n_bytes = 0;
+    for (uint32_t i = 0; i < u->n_parts; i++) {
+        const ps_unit *part = &plan->model->units[u->first_part + i];
+        PS_CHECK(strcmp(part->name, names[i]) == 0 && part->of == (int32_t)ffn);
+        PS_CHECK(ps_plan_whole(plan, (int32_t)(u->first_part + i)) == (int32_t)ffn);
+        n_bytes += part->n_bytes;
+        for (uint32_t t = 0; t < 3; t++)
+            PS_CHECK("cvs"[ps_plan_place(plan, t, u->first_part + i).kind] ==
+                     places[i][i < 2 ? 0 : t + 1]);
+        PS_CHECK((plan->homes[u->first_part + i].dev_offset != UINT64_MAX) == (i < 2));
+        PS_CHECK(plan->homes[u->first_part + i].host == (i >= 2));
+    }
+    PS_CHECK(n_bytes >= u->n_bytes && n_bytes < u->n_bytes + 5 * 3 * PS_WEIGHT_ALIGN);
+    PS_CHECK(plan->homes[ffn].dev_offset == UINT64_MAX && !plan->homes[ffn].host);
+    PS_CHECK(f.model->units[ffn].n_parts == 0); /* the model itself is as it was */
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
+/* Shares that round to all or nothing leave a unit whole, wherever they put it. */
+PS_TEST(splits_that_round_to_one_side_cut_nothing)
+{
+    static const struct {
+        float vram, stream;
+        ps_place_kind kind;
+    } rows[] = {{0, 0, PS_PLACE_CPU}, {0.001f, 0.001f, PS_PLACE_CPU}, {1, 0, PS_PLACE_VRAM},
+        {0.99f, 0.01f, PS_PLACE_VRAM}, {0, 1, PS_PLACE_STREAM}, {0.05f, 0.95f, PS_PLACE_STREAM}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        fixture f;
+        if (!open_fixture(&f, "qwen2.q8_0.gguf", true)) return;
+        apply_pattern(&f, FIRST_STREAMED);
+        uint32_t ffn = (uint32_t)f.model->layers[1].ffn;
+        ps_plan *split = NULL, *whole = NULL;
+        ps_err err = {0};
+        for (uint32_t t = 0; t < 3; t++) split_at(&f, ffn, t, rows[i].vram, rows[i].stream);
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &split, &err), PS_OK);
+        place(&f, ffn, rows[i].kind);
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &whole, &err), PS_OK);
+        if (split != NULL && whole != NULL)
+            PS_CHECK(split->model == f.model && split->needed_bytes == whole->needed_bytes &&
+                     ps_plan_place(split, 1, ffn).kind == rows[i].kind);
+        ps_plan_destroy(split);
+        ps_plan_destroy(whole);
+        close_fixture(&f);
+    }
+}
+
+PS_TEST(bad_splits_are_plan_errors)
+{
+    enum { EMBED, ATTN, ROUTER, EXPERT, HEAD };
+    static const struct {
+        int unit;
+        float vram, stream, vram_else;
+        bool ring;
+        const char *why;
+    } rows[] = {{EXPERT, 0.5f, 0, 0.5f, true, "an expert is not split"},
+        {EMBED, 0.5f, 0, 0.5f, true, "too small"}, {ROUTER, 0.5f, 0, 0.5f, true, "too small"},
+        {HEAD, -0.1f, 0, -0.1f, true, "shares"}, {HEAD, 0.7f, 0.4f, 0.7f, true, "shares"},
+        {HEAD, 0.0f / 0.0f, 0, 0, true, "shares"}, {HEAD, 0.5f, 0, 0.9f, true, "same in all tiers"},
+        {ATTN, 0.5f, 0.5f, 0.5f, false, "needs a ring"}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        fixture f;
+        if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
+        const ps_layer *y = &f.model->layers[0];
+        uint32_t units[] = {(uint32_t)f.model->embed, (uint32_t)y->attn, (uint32_t)y->router,
+            (uint32_t)y->first_expert + 3, (uint32_t)f.model->head},
+                 unit = units[rows[i].unit];
+        ps_test_case("row %zu", i);
+        apply_pattern(&f, 0);
+        if (!rows[i].ring) f.spec.n_slots = 0;
+        split_at(&f, unit, 0, rows[i].vram, rows[i].stream);
+        for (uint32_t t = 1; t < 3; t++) split_at(&f, unit, t, rows[i].vram_else, rows[i].stream);
+        ps_plan *plan = NULL;
+        ps_err err = {0};
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_EPLAN);
+        PS_CHECK(plan == NULL && strstr(err.message, rows[i].why) != NULL);
+        PS_CHECK(strcmp(err.field, f.model->units[unit].name) == 0 && err.extra[0] != 0);
+        close_fixture(&f);
+    }
+    ps_test_case("%s", "");
+}
+
+/* Both sides work on one unit between the copy of its input and the one join. */
+PS_TEST(a_split_pass_works_on_both_sides_at_once)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen2.q8_0.gguf", true)) return;
+    apply_pattern(&f, 1);
+    uint32_t ffn = (uint32_t)f.model->layers[0].ffn;
+    for (uint32_t t = 0; t < 3; t++) split_at(&f, ffn, t, 0.5f, 0.0f);
+    ps_plan *plan = NULL;
+    ps_ticks *t = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    PS_CHECK_STATUS(
+        ps_lower(plan, &(ps_pass_shape){.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 64}, &t, &err),
+        PS_OK);
+    uint32_t n_on[PS_STREAM_COUNT] = {0}, n_joins = 0, n_waits = 0;
+    for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
+        const ps_tick *k = &t->tick[i];
+        if (k->kind == PS_TICK_FLAG_WAIT) n_waits++;
+        if (k->unit < 0 || ps_plan_whole(plan, k->unit) != (int32_t)ffn) continue;
+        if (k->kind <= PS_TICK_RUN) n_on[k->stream]++;
+        n_joins += k->kind == PS_TICK_RUN && k->op == PS_OP_ADD;
+    }
+    PS_CHECK(n_on[PS_STREAM_CPU] == 3 && n_on[PS_STREAM_COMPUTE] == 5 && n_joins == 1);
+    PS_CHECK(n_on[PS_STREAM_D2H] == 1 && n_on[PS_STREAM_H2D] == 1 && n_waits == 2);
+    ps_ticks_destroy(t);
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
 PS_TEST(budget_is_exact)
 {
     fixture f;
-    if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
-    for (int pattern = 0; pattern < 4; pattern++) {
+    if (!open_fixture(&f, "llama3-rope.q8_0.gguf", true)) return;
+    static const int patterns[] = {0, 1, 2, 3, FIRST_SPLIT + 1, FIRST_SPLIT + 2};
+    for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
+        int pattern = patterns[i];
         ps_plan *plan = NULL;
         ps_err err = {0};
         apply_pattern(&f, pattern);
@@ -294,6 +452,8 @@ PS_TEST(oom_plan)
     fixture f;
     if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
     apply_pattern(&f, 3);
+    ps_test_oom_sweep(plan_once, &f);
+    apply_pattern(&f, FIRST_SPLIT);
     ps_test_oom_sweep(plan_once, &f);
     close_fixture(&f);
 }

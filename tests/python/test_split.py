@@ -1,0 +1,199 @@
+"""Units split between GPU and CPU: the logits of whole ones, within every budget, and faster than either side alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+
+import pipeshard as ps
+from pipeshard import _core
+from pipeshard.placement import TIERS, Place, Placement, Split
+from pipeshard.synth import synth
+from pipeshard.synth_models import find_model
+
+GOLDEN = Path(__file__).resolve().parents[1] / "data/golden"
+BARS = json.loads((GOLDEN / "bars.json").read_text())
+MODELS = (
+    "llama.q4_k_m",
+    "nemotron.bf16",
+    "qwen2.q8_0",
+    "qwen3.q6_k",
+    "gemma3.q4_0",
+    "phi3.q4_1",
+    "gpt-oss.mxfp4",
+)
+VARIANTS = _core.build_info()["cpu_variants_here"]
+N_CTX = 128
+ROOMY = 1 << 40
+SPLIT_KINDS = ("attn", "ffn", "head")
+RING = {"n_slots": 3, "slot_bytes": 256 << 10}
+
+
+def open_plan(
+    model: ps.Model, placement: Placement, device: Any = "emu", **options: Any
+) -> ps.Engine:
+    """With no more VRAM than the placement needs."""
+    with ps.Engine(model, device="emu", n_ctx=N_CTX, threads=2, vram=1 << 30) as engine:
+        plan = replace(engine.plan, placement=placement, budget_bytes=ROOMY)
+    needed = sum(plan.bind(model).bytes_by_kind.values())
+    plan = replace(plan, budget_bytes=needed)
+    return ps.Engine(model, device=device, plan=plan, **({"threads": 2} | options))
+
+
+def random_shares(model: ps.Model, seed: int) -> Placement:
+    """Every unit that can be split is; the others lie anywhere. The GPU's share grows with the tier."""
+    rng = random.Random(seed)
+    places: dict[str, dict[str, Place]] = {tier.name: {} for tier in TIERS}
+    for unit in model.units:
+        if unit.kind not in SPLIT_KINDS:
+            place: Place = rng.choice(("vram", "stream", "cpu"))
+            for tier in TIERS:
+                places[tier.name][unit.name] = place
+            continue
+        vram = rng.choice((0.0, 1e-3, 0.3, 0.5, 0.5, 1.0))
+        streams = sorted(rng.choice((0.0, 1e-3, 0.25, 0.6, 1.0)) * (1 - vram) for _ in TIERS)
+        for tier, stream in zip(TIERS, streams, strict=True):
+            places[tier.name][unit.name] = Split(vram, stream)
+    return Placement(places, **RING)
+
+
+def everywhere(model: ps.Model, split: Mapping[str, Place], rest: Place) -> Placement:
+    """By kind of unit."""
+    places = {unit.name: split.get(unit.kind, rest) for unit in model.units}
+    return replace(Placement.everywhere(places), **RING)
+
+
+def golden(name: str) -> Any:
+    return np.load(GOLDEN / f"{name}.npz")
+
+
+# ---- parity ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_golden_logits_under_random_shares(name: str, heap: None) -> None:
+    model, expected = ps.Model(GOLDEN / f"{name}.gguf"), golden(name)
+    for seed in range(3):
+        device = ps.EmuDevice(seed=seed, delays=True)
+        with open_plan(model, random_shares(model, seed), device) as engine:
+            logits = engine.logits(expected["tokens"])
+            assert reference.nmse(logits, expected["reference"]) <= BARS[name]["bar"]
+            assert reference.top1_disagreements(logits, expected["reference"]) == []
+            stats = engine.stats
+            assert stats["peak_bytes"] == engine.plan.budget_bytes
+            assert sum(stats["peak_bytes_by_kind"].values()) == stats["peak_bytes"]
+            engine.reset()
+            assert np.array_equal(engine.logits(expected["tokens"]), logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["qwen2.q8_0", "phi3.q4_1"])
+def test_every_cpu_variant(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPESHARD_CPU_VARIANT", variant)
+    model, expected = ps.Model(GOLDEN / f"{name}.gguf"), golden(name)
+    placement = everywhere(model, dict.fromkeys(SPLIT_KINDS, Split(0.5, 0.25)), "vram")
+    with open_plan(model, placement) as engine:
+        logits = engine.logits(expected["tokens"])
+        assert reference.nmse(logits, expected["reference"]) <= BARS[name]["bar"]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ps.Model:
+    """Feed-forward of several K-quant blocks, four groups of heads."""
+    shape = replace(find_model("tiny-llama"), n_ff=1024, n_head_kv=4, n_head=8, head_dim=128)
+    path = tmp_path_factory.mktemp("split") / "wide.gguf"
+    synth(shape, path, fmt="q4_k_m", progress=False)
+    return ps.Model(path)
+
+
+def test_boundaries_keep_blocks_whole(wide: ps.Model) -> None:
+    """K-quants are cut at multiples of 256 neurons, and the parts give what the whole gives."""
+    tokens = list(range(3, 40))
+    steps = {unit.kind: unit.row_step for unit in wide.units}
+    assert steps["ffn"] == 256
+    with open_plan(wide, everywhere(wide, {}, "cpu")) as engine:
+        whole = engine.logits(tokens)
+    for vram, stream in ((0.5, 0.0), (0.25, 0.5), (0.0, 0.75), (0.3, 0.7), (0.75, 0.0)):
+        with open_plan(
+            wide, everywhere(wide, dict.fromkeys(SPLIT_KINDS, Split(vram, stream)), "cpu")
+        ) as engine:
+            assert reference.nmse(engine.logits(tokens), whole) < 1e-4
+            ticks = engine.plan.bind(wide).lower(1)
+        cuts = {int(n) for n in re.findall(r"blk\.0\.ffn\[(\d+):", ticks)}
+        assert len(cuts) == (3 if vram and 0 < stream < 1 - vram else 2)
+        assert all(n % 256 == 0 for n in cuts)
+
+
+# ---- time ----
+
+
+@pytest.fixture(scope="module")
+def heavy(tmp_path_factory: pytest.TempPathFactory) -> ps.Model:
+    """One layer whose feed-forward outweighs everything else."""
+    shape = replace(find_model("tiny-llama"), n_layer=1, n_embd=1024, n_ff=7168)
+    path = tmp_path_factory.mktemp("split") / "heavy.gguf"
+    synth(shape, path, fmt="f16", progress=False)
+    return ps.Model(path)
+
+
+def decode_seconds(model: ps.Model, ffn: Place) -> float:
+    """Virtual seconds a token with everything but the feed-forward in VRAM."""
+    with open_plan(
+        model, replace(everywhere(model, {"ffn": ffn}, "vram"), slot_bytes=8 << 20)
+    ) as engine:
+        engine.generate([1, 2, 3], max_tokens=6, temperature=0, logit_bias={2: -1e9})
+        return 1 / float(engine.stats["tps"])
+
+
+def test_both_sides_work_at_once(heavy: ps.Model) -> None:
+    """On the emulated machine the bus brings 25 GB/s and the CPU reads 60: 5 parts in 17 are the bus's."""
+    rates = dict(zip(("h2d", "d2h", "vram", "flops", "dram"), _core.emu_profile(), strict=False))
+    stream, cpu = decode_seconds(heavy, "stream"), decode_seconds(heavy, "cpu")
+    share = rates["h2d"] / (rates["h2d"] + rates["dram"])
+    both = decode_seconds(heavy, Split(stream=share))
+    assert both < 0.85 * cpu < 0.85 * stream
+    half = decode_seconds(heavy, Split(vram=0.5))
+    assert half < 0.65 * cpu
+
+
+# ---- refusals, and the way there ----
+
+
+def test_an_expert_is_not_split() -> None:
+    model = ps.Model(GOLDEN / "qwen3moe.q4_k_m.gguf")
+    with pytest.raises(ps.PlanError, match="each expert of the layer") as info:
+        open_plan(model, everywhere(model, {"expert": Split(vram=0.5)}, "cpu"))
+    assert info.value.unit == "blk.0.expert.0"
+    assert info.value.tier == "decode"
+
+
+def test_a_split_plan_survives_its_file(tmp_path: Path) -> None:
+    model = ps.Model(GOLDEN / "qwen2.q8_0.gguf")
+    tokens = golden("qwen2.q8_0")["tokens"]
+    with open_plan(model, random_shares(model, 5)) as engine:
+        engine.plan.save(tmp_path / "plan.json")
+        logits, text = engine.logits(tokens), engine.plan.explain()
+        diff = engine.plan.diff(ps.Plan.load(tmp_path / "plan.json"))
+    assert "split: vram" in text
+    assert diff == ""
+    with ps.Engine(model, device="emu", plan=tmp_path / "plan.json", threads=2) as engine:
+        assert np.array_equal(engine.logits(tokens), logits)
+
+
+def test_parts_take_no_more_host_memory_than_the_units() -> None:
+    """Only what is not in VRAM is read into host memory, and it is the engine's own: gone when it is closed."""
+    model = ps.Model(GOLDEN / "qwen2.q8_0.gguf")
+    with open_plan(model, everywhere(model, {"ffn": Split(vram=0.5)}, "vram")) as engine:
+        ffn = sum(unit.n_bytes for unit in model.units if unit.kind == "ffn")
+        kept = engine.stats["ram_bytes"]
+        assert 0.48 * ffn < kept < 0.55 * ffn
+    assert model._core.image_bytes == 0
