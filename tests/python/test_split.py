@@ -165,6 +165,49 @@ def test_both_sides_work_at_once(heavy: ps.Model) -> None:
     assert half < 0.65 * cpu
 
 
+# ---- experts: split by placing each of them ----
+
+
+def share_experts(model: ps.Model, n_stream: int, rest: Place = "vram") -> Placement:
+    """The first experts of each layer stream, the others are the CPU's."""
+    places: dict[str, Place] = {}
+    for unit in model.units:
+        streams = unit.expert is not None and unit.expert < n_stream
+        places[unit.name] = rest if unit.expert is None else "stream" if streams else "cpu"
+    return replace(Placement.everywhere(places), n_slots=4, slot_bytes=8 << 20)
+
+
+def test_a_layers_experts_on_the_bus_and_on_the_cpu() -> None:
+    """Token by token and as a prompt, the bits of the CPU alone: contributions add in the order of their ranks."""
+    model, tokens = ps.Model(GOLDEN / "qwen3moe.q4_k_m.gguf"), list(range(3, 40))
+    answers = []
+    for n_stream in (0, 5, 16):
+        with open_plan(model, share_experts(model, n_stream)) as engine:
+            engine.generate(tokens[:30], max_tokens=4, temperature=0)
+            answers.append((engine.last_logits.copy(), engine.logits(tokens)))
+            ticks = engine.plan.bind(model).ticks(1)
+        streams, ops = _core.Plan.tick_names()[1:3]
+        ran = {streams[t["stream"]] for t in ticks if ops[t["op"]] == "moe_up" and t["flops"]}
+        assert len(ran) == (1 if n_stream in (0, 16) else 2)
+    for last, logits in answers[1:]:
+        assert np.array_equal(last, answers[0][0])
+        assert np.array_equal(logits, answers[0][1])
+
+
+def test_bus_and_cpu_share_experts_at_once(tmp_path: Path) -> None:
+    shape = replace(find_model("tiny-qwen3moe"), n_layer=1, n_embd=512, n_ff=2048, n_ff_dense=2048)
+    synth(shape, tmp_path / "moe.gguf", fmt="f16", progress=False)
+    model = ps.Model(tmp_path / "moe.gguf")
+
+    def seconds(n_stream: int) -> float:
+        with open_plan(model, share_experts(model, n_stream)) as engine:
+            engine.generate([1, 2, 3], max_tokens=6, temperature=0, logit_bias={2: -1e9})
+            return 1 / float(engine.stats["tps"])
+
+    cpu, both, stream = seconds(0), seconds(5), seconds(16)  # of 16: the bus takes 5 parts in 17
+    assert both < 0.9 * cpu < 0.9 * stream
+
+
 # ---- refusals, and the way there ----
 
 
