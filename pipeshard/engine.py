@@ -66,7 +66,8 @@ class Engine:
     model: path of a GGUF file, or a Model that several engines share. device: "auto", "host", "emu", "cuda", "cuda:N"
     or an EmuDevice. vram: bytes or a size such as "4GiB", everything above the driver's own share counted; None: what
     is free. plan: a Plan or its file, which then decides instead of policy, n_ctx, n_seq and kv. n_ctx 0: the model's
-    own. threads: of the CPU; None: all. locked_limit, ram_limit: of page-locked and of all host memory."""
+    own. threads: of the CPU; None: all, but for one or two beside a GPU. locked_limit, ram_limit: of page-locked and of
+    all host memory."""
 
     def __init__(
         self,

@@ -99,7 +99,7 @@ static uint64_t scratch_bytes(
         .max_ctx = (n_ctx + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK * PS_KV_PAGE_TOK,
         .max_head_dim = hp->head_dim,
         .n_head = hp->n_head,
-        .threads = (uint32_t)(threads > 0 ? threads : ps_cpu_count())});
+        .threads = (uint32_t)(threads > 0 ? threads : 1)});
 }
 
 PyDoc_STRVAR(emu_profile_doc,
@@ -154,6 +154,7 @@ static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
         status = ps_fail_field(&err, PS_EREQUEST, "cpu_variant",
             "there is no CPU variant \"%.40s\" that this CPU runs", a.cpu_variant);
     if (status == PS_OK) {
+        if (a.options.threads == 0) a.options.threads = ps_device_default_threads(a.kind);
         a.options.cpu_ops = self->cpu_ops;
         a.options.cpu_scratch_bytes =
             scratch_bytes(py_model_get(a.model), a.n_ctx, a.chunk_tok, a.options.threads);

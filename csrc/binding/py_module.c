@@ -5,6 +5,7 @@
  */
 #define PY_UTIL_DEFINES_NUMPY
 #include "binding/py_util.h"
+#include "device/ps_device.h"
 #include "kernels/ps_cpu.h"
 
 #include <stdio.h>
@@ -133,6 +134,16 @@ static PyObject *cpu_count(PyObject *module, PyObject *unused)
     return PyLong_FromLong(ps_cpu_count());
 }
 
+PyDoc_STRVAR(default_threads_doc, "default_threads(kind) -> int\n\nCPU threads of a device of this "
+                                  "kind that is not told how many.");
+
+static PyObject *default_threads(PyObject *module, PyObject *kind)
+{
+    (void)module;
+    const char *text = PyUnicode_AsUTF8(kind);
+    return text != NULL ? PyLong_FromLong(ps_device_default_threads(text)) : NULL;
+}
+
 PyDoc_STRVAR(architectures_doc, "architectures() -> tuple[str]\n\nThose that Model opens.");
 
 static PyObject *architectures(PyObject *module, PyObject *unused)
@@ -154,6 +165,7 @@ static PyMethodDef METHODS[] = {
         raise_error_doc},
     {"cuda_status", cuda_status, METH_NOARGS, cuda_status_doc},
     {"cpu_count", cpu_count, METH_NOARGS, cpu_count_doc},
+    {"default_threads", default_threads, METH_O, default_threads_doc},
     {"architectures", architectures, METH_NOARGS, architectures_doc},
     {"_heap_stats", heap_stats, METH_NOARGS, heap_stats_doc},
     {"_heap_fail_after", heap_fail_after, METH_O, heap_fail_after_doc},

@@ -59,6 +59,13 @@ static bool parse_cuda(const char *kind, int *i_device)
     return *end == '\0' && n >= 0 && n < 1024;
 }
 
+int ps_device_default_threads(const char *kind)
+{
+    int n = ps_cpu_count(), i_device;
+    if (!parse_cuda(kind, &i_device) || n < 4) return n;
+    return n < 8 ? n - 1 : n - 2;
+}
+
 ps_status ps_device_open(
     const char *kind, const ps_device_options *options, ps_device **out, ps_err *err)
 {
@@ -68,7 +75,7 @@ ps_status ps_device_open(
     if (o.threads < 0)
         return ps_fail_field(
             err, PS_EREQUEST, "threads", "threads must be at least 1, not %d", o.threads);
-    if (o.threads == 0) o.threads = ps_cpu_count();
+    if (o.threads == 0) o.threads = ps_device_default_threads(kind);
     if (o.n_faults < 0 || o.n_faults > PS_MAX_FAULTS)
         return ps_fail_field(
             err, PS_EREQUEST, "faults", "at most %d faults, not %d", PS_MAX_FAULTS, o.n_faults);

@@ -38,6 +38,15 @@ PS_TEST(open_refuses_what_is_not_there)
     ps_device_close(NULL);
 }
 
+PS_TEST(beside_a_gpu_some_cpus_stay_free)
+{
+    int n = ps_cpu_count(), beside = ps_device_default_threads("cuda");
+    PS_CHECK_EQ(ps_device_default_threads("host"), n);
+    PS_CHECK_EQ(ps_device_default_threads("emu"), n);
+    PS_CHECK(beside >= 1 && beside <= n && (n < 4 || beside < n));
+    PS_CHECK_EQ(ps_device_default_threads("cuda:1"), beside);
+}
+
 PS_TEST(cuda_says_why_not)
 {
     char why[256] = "";
