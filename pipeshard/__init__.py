@@ -26,6 +26,7 @@ from .sched_policies import PolicyContext, Prediction
 from .sched_policies import names as policies
 from .sweep import Sweep, sweep
 from .tokenizer import Tokenizer
+from .trace import Trace
 
 __all__ = [
     "BudgetError",
@@ -52,6 +53,7 @@ __all__ = [
     "Sweep",
     "Tier",
     "Tokenizer",
+    "Trace",
     "Unit",
     "UnsupportedError",
     "__version__",

@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from . import _core, openai
 from ._progress import Bar
+from ._recorder import Recorder, TracedEngine
 from .emu import EmuDevice
 from .errors import (
     BusyError,
@@ -35,7 +36,7 @@ from .errors import (
     RequestError,
     UnsupportedError,
 )
-from .generate import Sampled, SamplingParams, Source, check_int
+from .generate import Sampled, SamplingParams, Source, check_bool, check_int
 from .model import Model, check_path
 from .plan import Plan
 from .planner import MAX_CHUNK_TOK, Machine, Wishes, make_plan
@@ -60,14 +61,14 @@ _SPARE_SHARE = 20
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-class Engine:
+class Engine(TracedEngine):
     """Runs one model. Also a context manager.
 
     model: path of a GGUF file, or a Model that several engines share. device: "auto", "host", "emu", "cuda", "cuda:N"
     or an EmuDevice. vram: bytes or a size such as "4GiB", everything above the driver's own share counted; None: what
     is free. plan: a Plan or its file, which then decides instead of policy, n_ctx, n_seq and kv. n_ctx 0: the model's
     own. threads: of the CPU; None: all, but for one or two beside a GPU. locked_limit, ram_limit: of page-locked and of
-    all host memory."""
+    all host memory. trace: record what passes do, for trace()."""
 
     def __init__(
         self,
@@ -100,7 +101,7 @@ class Engine:
         n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
         _check_later("policy", policy, "auto")
         _check_later("profile", profile, None)
-        _check_later("trace", trace, False)
+        self._traced = check_bool("trace", trace)
         wishes = _check_wishes(n_ctx, n_seq, kv)
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
         if given is not None and not isinstance(given, Plan):
@@ -153,6 +154,9 @@ class Engine:
                 self._core = _core.Engine(core_plan, self._open_device, progress=bar.to)
         finally:
             del core_plan
+        self._recorder = Recorder(self._core, self.model, self._plan, self.device_info)
+        if self._traced:
+            self._recorder.start(self._core)
         _open_engines.add(self)
 
     def _check_limits(self, limits: Mapping[str, int | None]) -> None:
@@ -447,6 +451,12 @@ class Engine:
         ):
             raise _busy()
         return _Run(self, keep_answers)
+
+    @contextlib.contextmanager
+    def _looking(self) -> Iterator[_core.Engine]:
+        """For calls that disturb no stream under way."""
+        with self._calling(None if self._owner is None else self._owner[0]) as core:
+            yield core
 
     # ---- numbers ----
 

@@ -20,7 +20,14 @@ from ..errors import RequestError
 from ..generate import check_int
 from ..measure import Meter
 from ..sizes import format_bytes
-from .common import add_engine_options, open_engine, read_numbers, table
+from .common import (
+    add_engine_options,
+    add_trace_option,
+    open_engine,
+    read_numbers,
+    save_trace,
+    table,
+)
 
 __all__ = ["add_parser"]
 
@@ -71,6 +78,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "-r", "--repeats", type=int, default=5, metavar="N", help="of each test (default: 5)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens")
+    add_trace_option(parser)
     parser.add_argument("-o", "--output", default="table", choices=("table", "csv", "json"))
     parser.set_defaults(run=run)
 
@@ -92,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
     with open_engine(options) as engine:
         bench = _Bench(engine, options)
         rows = [bench.row(kind, n) for kind, n in tests]
+        save_trace(engine, options.trace)
     _print(rows, options.output, engine)
     return 0
 

@@ -15,14 +15,17 @@ from ..engine import Engine
 from ..errors import RequestError
 from ..model import Model
 from ..sizes import format_bytes
+from ..trace import compare
 
 __all__ = [
     "DEMO_VRAM",
     "add_engine_options",
     "add_sampling_options",
+    "add_trace_option",
     "note",
     "open_engine",
     "open_model",
+    "save_trace",
 ]
 
 # Less than the demo model's 241 MiB: part of it stays on the CPU, which is what this program is about.
@@ -80,6 +83,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int | None
     )
 
 
+def add_trace_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trace",
+        metavar="FILE",
+        help="write what ran when, for ui.perfetto.dev, and say what held it up; costs a little time",
+    )
+
+
 def sampling(options: argparse.Namespace) -> dict[str, Any]:
     """As Engine.generate takes them."""
     return {
@@ -117,11 +128,29 @@ def open_engine(options: argparse.Namespace) -> Engine:
     if vram is not None and vram.isdigit():
         vram = int(vram)
     engine = Engine(
-        model, device=options.device, vram=vram, n_ctx=n_ctx, threads=options.threads, kv=options.kv
+        model,
+        device=options.device,
+        vram=vram,
+        n_ctx=n_ctx,
+        threads=options.threads,
+        kv=options.kv,
+        trace=getattr(options, "trace", None) is not None,
     )
     if engine.device == "emu":
         note("device: an emulated GPU, computed by the CPU; its times are simulated")
     return engine
+
+
+def save_trace(engine: Engine, path: str | None) -> None:
+    """Where --trace asked for it: the file, and for the person what held the passes up."""
+    if path is None:
+        return
+    last = engine.last_attribution()
+    trace = engine.trace(path)
+    note(f"trace: {len(trace.passes)} passes in {path}; open it at https://ui.perfetto.dev")
+    note(trace.summary())
+    for line in compare(engine.stats, engine.plan.predicted, last):
+        note(line)
 
 
 def summary(engine: Engine) -> str:
@@ -129,8 +158,13 @@ def summary(engine: Engine) -> str:
     stats = engine.stats
     parts = []
     if stats["ttft_s"] is not None:
-        parts.append(f"TTFT {stats['ttft_s']:.3f} s")
-    parts.append("TPS -" if stats["tps"] is None else f"TPS {stats['tps']:.1f} tokens/s")
+        predicted = _beside(stats["ttft_s"], stats["predicted_ttft_s"], "{:.3f} s")
+        parts.append(f"TTFT {stats['ttft_s']:.3f} s{predicted}")
+    if stats["tps"] is None:
+        parts.append("TPS -")
+    else:
+        predicted = _beside(stats["tps"], stats["predicted_tps"], "{:.1f}")
+        parts.append(f"TPS {stats['tps']:.1f} tokens/s{predicted}")
     if engine.device == "host":
         parts.append(f"host memory {format_bytes(stats['ram_bytes'])}, no VRAM used")
     else:
@@ -141,6 +175,12 @@ def summary(engine: Engine) -> str:
     if engine.device == "emu":
         parts.append(f"emulated GPU: times are simulated, {stats['wall_s'] or 0:.2f} s passed")
     return "; ".join(parts)
+
+
+def _beside(measured: float, predicted: float | None, form: str) -> str:
+    if not predicted:
+        return ""
+    return f" (predicted {form.format(predicted)}, {measured / predicted - 1:+.0%})"
 
 
 # ---- text ----

@@ -11,7 +11,15 @@ import sys
 
 from ..engine import Engine
 from ..errors import RequestError
-from .common import add_engine_options, add_sampling_options, open_engine, sampling, summary
+from .common import (
+    add_engine_options,
+    add_sampling_options,
+    add_trace_option,
+    open_engine,
+    sampling,
+    save_trace,
+    summary,
+)
 
 __all__ = ["add_parser"]
 
@@ -31,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     add_engine_options(parser)
     add_sampling_options(parser, 128)
+    add_trace_option(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object in the end, no stream")
     parser.add_argument("-q", "--quiet", action="store_true", help="the text alone")
     parser.set_defaults(run=run)
@@ -47,12 +56,14 @@ def run(options: argparse.Namespace) -> int:
     with open_engine(options) as engine:
         if options.json:
             _print_json(engine, prompt, options)
+            save_trace(engine, options.trace)
             return 0
         if sys.stdout.isatty() and not options.quiet:
             print(prompt, end="", flush=True)
         for piece in engine.stream(prompt, **sampling(options)):
             print(piece, end="", flush=True)
         print(flush=True)
+        save_trace(engine, options.trace)
         if not options.quiet:
             print(summary(engine), flush=True)
     return 0

@@ -19,6 +19,7 @@ import pytest
 
 import pipeshard as ps
 from pipeshard.__main__ import main
+from pipeshard.cli.common import summary
 
 FAST = ["--ctx", "64", "--threads", "1"]
 
@@ -117,6 +118,41 @@ def test_run_json(capsys: pytest.CaptureFixture[str], llama: str) -> None:
     assert answer["stats"]["n_gen"] <= 3
     assert answer["finish_reason"] in ("stop", "length")
     assert isinstance(answer["text"], str)
+
+
+def test_run_and_bench_write_traces(
+    capsys: pytest.CaptureFixture[str], llama: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "t.json"
+    for command in (
+        ("run", llama, "pad pad pad pad", "-n", "4", "--temp", "0"),
+        ("bench", llama, "-p", "16", "-n", "4", "-r", "1"),
+    ):
+        status, out, err = run(capsys, *command, *FAST, "--device", "emu", "--trace", str(path))
+        assert status == 0
+        assert out
+        assert re.search(r"^trace: \d+ passes in ", err, re.M)
+        assert re.search(r"^decode: \d+ tokens decoded in .*: \d+% ", err, re.M)
+        assert json.loads(path.read_text())["traceEvents"]
+        path.unlink()
+    missing = str(tmp_path / "no" / "folder.json")
+    status, _, err = run(capsys, *command, *FAST, "--device", "emu", "--trace", missing)
+    assert status == 1
+    assert "cannot write" in err
+
+
+def test_the_last_line_tells_what_was_predicted(
+    llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ps.Engine(llama, device="emu", n_ctx=64, threads=1) as engine:
+        engine.generate("pad", max_tokens=4, temperature=0)
+        stats = engine.stats | {"predicted_ttft_s": None, "predicted_tps": None}
+        monkeypatch.setattr(ps.Engine, "stats", property(lambda _: stats))
+        assert "predicted" not in summary(engine)
+        stats |= {"ttft_s": 0.11, "tps": 10.0, "predicted_ttft_s": 0.1, "predicted_tps": 12.5}
+        line = summary(engine)
+        assert line.startswith("TTFT 0.110 s (predicted 0.100 s, +10%); ")
+        assert "TPS 10.0 tokens/s (predicted 12.5, -20%); " in line
 
 
 def test_run_reads_stdin(
