@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# gpu_sweep - TTFT and TPS over VRAM budgets and policies on the GPU present, on synthetic models of real shapes with
+# uniform routing: rows and a table in benchmarks/results/. The profile is measured first and kept beside. A run that is
+# cut short goes on where it stopped.
+#
+#   tools/gpu_sweep.sh [FOLDER]      models go to FOLDER (default: a temporary one; 35 GB)
+#   BUDGETS, PROMPTS, POLICIES, REPEATS, GEN, CELL_S: what to measure
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+folder=${1:-$(mktemp -d)}
+commit=${PIPESHARD_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -1 | tr ' ' '-' | tr '[:upper:]' '[:lower:]')
+out=${OUT:-benchmarks/results}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PIPESHARD_COMMIT=$commit
+
+"$python" setup.py -q build_ext --inplace >/dev/null
+for model in Qwen3-30B-A3B:q4_0 Minitron-8B:f16; do
+    name=${model%:*} type=${model#*:}
+    file=$folder/$name.$type.gguf
+    [ -f "$file" ] || "$python" -m pipeshard synth "$name" "$file" --type "$type" --quiet
+    "$python" -m pipeshard profile "$file" --device cuda -o "$out/profile_${gpu}_$name.json"
+    "$python" -m pipeshard sweep "$file" --device cuda --vram "${BUDGETS:-2GiB,4GiB,8GiB,16GiB}" \
+        -p "${PROMPTS:-1024,4096}" --policy "${POLICIES:-all}" -r "${REPEATS:-3}" -n "${GEN:-24}" \
+        --cell-s "${CELL_S:-12}" -o "$out/sweep_${gpu}_$name.csv"
+done
+"$python" benchmarks/sweep_table.py --commit "$commit" "$out"/sweep_"$gpu"_*.csv | tee "$out/sweep_$gpu.txt"
