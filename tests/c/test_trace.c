@@ -1,6 +1,6 @@
-/* Traces of passes on the emulated GPU, where every time is known: no stream does two things at
- * once, waits end behind what they wait for, durations are what the profile charges, and the ring
- * keeps to its size. */
+/* Traces of passes: no stream does two things at once, waits end behind what they wait for, and the
+ * ring keeps to its size. On the emulated GPU every time is known: durations are what the profile
+ * charges. Where the clock is real, on host and cuda, only the order is. */
 #include "ps_test.h"
 
 #include "engine/ps_engine.h"
@@ -18,9 +18,9 @@ static const ps_emu_profile profile = {.h2d_bytes_per_s = 1e9,
     .flag_ns = 900};
 
 typedef struct setup {
-    const char *file;
-    bool graphs, hybrid; /* hybrid: units on the CPU and in VRAM between streamed ones */
-    uint64_t cap_bytes;  /* of the trace */
+    const char *file, *device; /* NULL: emu */
+    bool graphs, hybrid;       /* hybrid: units on the CPU and in VRAM between streamed ones */
+    uint64_t cap_bytes;        /* of the trace */
     ps_device_options options;
 } setup;
 
@@ -49,13 +49,15 @@ static ps_status make_plan(const setup *s, rig *r, ps_err *err)
     uint32_t n = r->model->n_units;
     r->places = ps_alloc(2ull * n, sizeof *r->places);
     if (r->places == NULL) return ps_fail(err, PS_ENOMEM, "no memory for places");
+    bool host = r->device->info.kind == PS_DEVICE_HOST;
     for (uint32_t u = 0; u < n; u++)
-        r->places[u].kind = r->places[n + u].kind = !s->hybrid   ? PS_PLACE_STREAM
+        r->places[u].kind = r->places[n + u].kind = host         ? PS_PLACE_CPU
+                                                    : !s->hybrid ? PS_PLACE_STREAM
                                                     : u % 3 == 0 ? PS_PLACE_CPU
                                                     : u % 7 == 0 ? PS_PLACE_VRAM
                                                                  : PS_PLACE_STREAM;
-    ps_plan_spec spec = {.accelerator = true,
-        .sm = 90,
+    ps_plan_spec spec = {.accelerator = !host,
+        .sm = r->device->info.kind == PS_DEVICE_CUDA ? r->device->info.sm : 90,
         .budget_bytes = 1ull << 32,
         .n_ctx = N_CTX,
         .n_seq = 1,
@@ -90,11 +92,14 @@ static ps_status open_rig(const setup *s, rig *r, ps_err *err)
     options.cpu_ops = ps_cpu_ops("ref");
     options.cpu_scratch_bytes = ps_cpu_scratch_bytes(&bounds);
     options.emu_profile = profile;
-    status = ps_device_open("emu", &options, &r->device, err);
+    status = ps_device_open(s->device != NULL ? s->device : "emu", &options, &r->device, err);
     if (status == PS_OK) status = make_plan(s, r, err);
     if (status != PS_OK) return status;
-    ps_exec_options exec = {
-        .cpu_ops = options.cpu_ops, .dev_ops = options.cpu_ops, .graphs = s->graphs, .check = true};
+    bool cuda = r->device->info.kind == PS_DEVICE_CUDA;
+    ps_exec_options exec = {.cpu_ops = options.cpu_ops,
+        .dev_ops = cuda ? ps_cuda_ops() : options.cpu_ops,
+        .graphs = s->graphs,
+        .check = true};
     status = ps_engine_create(r->model, r->plan, r->device, &exec, &r->engine, err);
     uint64_t seed = 7;
     for (int i = 0; i < N_CTX; i++)
@@ -337,6 +342,62 @@ PS_TEST(the_ring_keeps_to_its_size)
         drop(&x);
     }
     close_rig(&r);
+}
+
+/* ---- real clocks ---- */
+
+/* Two clocks may be apart, and CUDA rounds to half a microsecond. */
+static void check_order(const record *x, const ps_trace_pass *p)
+{
+    uint64_t slack = p->clock_error_ns + 1000, last[PS_STREAM_COUNT] = {0};
+    for (uint32_t i = 0; i < p->n_ticks; i++) {
+        const ps_trace_tick *k = &x->ticks[p->first_tick + i],
+                            *cause = k->cause >= 0 ? find(x, p, k->cause) : NULL;
+        PS_CHECK(k->begin_ns + slack >= p->begin_ns && k->end_ns <= p->end_ns + slack);
+        PS_CHECK(k->begin_ns >= last[k->stream] && k->end_ns >= k->begin_ns);
+        if (cause != NULL) PS_CHECK(k->end_ns + slack >= cause->end_ns);
+        last[k->stream] = k->end_ns;
+    }
+}
+
+static void check_real(const setup *s)
+{
+    rig r;
+    ps_err err = {0};
+    record x = {0};
+    PS_CHECK_STATUS(open_rig(s, &r, &err), PS_OK);
+    PS_REQUIRE(r.engine != NULL);
+    PS_CHECK_STATUS(start(s, &r, &err), PS_OK);
+    PS_CHECK_STATUS(ps_engine_append(r.engine, 0, r.tokens, N_PROMPT, NULL, &err), PS_OK);
+    PS_CHECK_STATUS(decode(&r, 40, &err), PS_OK);
+    PS_REQUIRE(take(&r, &x));
+    PS_CHECK_EQ_U64(x.n_passes, 41);
+    uint64_t n_graphs = 0, worked_ns = 0;
+    for (uint64_t i = 0; i < x.n_passes; i++) {
+        check_order(&x, &x.passes[i]);
+        n_graphs += x.passes[i].graph;
+        PS_CHECK(x.passes[i].wall_ns > 0);
+        if (i > 0) PS_CHECK(x.passes[i].begin_ns >= x.passes[i - 1].end_ns);
+    }
+    for (uint64_t i = 0; i < x.n_ticks; i++) worked_ns += x.ticks[i].end_ns - x.ticks[i].begin_ns;
+    PS_CHECK(worked_ns > 0);
+    if (r.device->info.kind == PS_DEVICE_CUDA) PS_CHECK((n_graphs > 30) == s->graphs);
+    drop(&x);
+    close_rig(&r);
+}
+
+PS_TEST(real_clocks_keep_order)
+{
+    static const char *const devices[] = {"host", "cuda"};
+    for (size_t i = 0; i < 2; i++)
+        for (int graphs = 0; graphs < 2 && ps_test_device(devices[i]); graphs++) {
+            ps_test_case("%s, graphs %d", devices[i], graphs);
+            check_real(&(setup){.file = "qwen3moe.q4_k_m.gguf",
+                .device = devices[i],
+                .graphs = graphs != 0,
+                .hybrid = true});
+        }
+    ps_test_case("%s", "");
 }
 
 /* ---- failures ---- */

@@ -163,6 +163,28 @@ def test_results_are_the_same(moe: str) -> None:
         assert traced.stats["tps"] == plain.stats["tps"]
 
 
+def test_on_every_device(device: str, moe: str, tmp_path: Path) -> None:
+    """Where the clock is real, times are what they are; they still add up."""
+    where = None if device == "host" else "mixed"
+    with open_engine(moe, where, device=device) as engine:
+        engine.generate(PROMPT, max_tokens=24, temperature=0)
+        found = engine.last_attribution()
+        trace = engine.trace(tmp_path / "t.json")
+        assert found["prefill"].seconds <= engine.stats["ttft_s"] * 1.001
+    for one in found.values():
+        assert sum(one.shares.values()) == pytest.approx(1)
+        assert all(0 <= share <= 1.001 for share in one.busy_shares.values())
+        assert 0 < one.bottleneck[1] <= 1.001
+        assert one.n_passes > 0
+    assert found["decode"].n_tok == 22  # of 23 passes one has no marks
+    assert all(step.seconds > 0 for step in trace.steps)
+    reached: dict[int, float] = {}
+    for event in json.loads((tmp_path / "t.json").read_text())["traceEvents"]:
+        if event["ph"] == "X":
+            assert event["ts"] >= reached.get(event["tid"], 0) - 1e-3
+            reached[event["tid"]] = event["ts"] + event["dur"]
+
+
 # ---- the file ----
 
 
