@@ -84,24 +84,6 @@ static int to_profile(PyObject *tuple, ps_emu_profile *p)
     return 0;
 }
 
-/* Scratch that no op of this model outgrows on any CPU variant. */
-static uint64_t scratch_bytes(
-    const ps_model *model, uint32_t n_ctx, uint32_t chunk_tok, int threads)
-{
-    const ps_hparams *hp = &model->hp;
-    uint32_t cols = hp->n_embd, k = hp->n_expert_used > 0 ? hp->n_expert_used : 1;
-    if (hp->n_ff > cols) cols = hp->n_ff;
-    if (hp->n_ff_expert > cols) cols = hp->n_ff_expert;
-    if (hp->n_head * hp->head_dim > cols) cols = hp->n_head * hp->head_dim;
-    return ps_cpu_scratch_bytes(&(ps_cpu_bounds){.max_cols = cols,
-        .max_tok = chunk_tok,
-        .max_rows = chunk_tok * k,
-        .max_ctx = (n_ctx + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK * PS_KV_PAGE_TOK,
-        .max_head_dim = hp->head_dim,
-        .n_head = hp->n_head,
-        .threads = (uint32_t)(threads > 0 ? threads : 1)});
-}
-
 PyDoc_STRVAR(emu_profile_doc,
     "emu_profile() -> tuple\n\nThe rates of an emulated device that is given none, as Device takes "
     "them.");
@@ -156,8 +138,8 @@ static PyObject *device_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     if (status == PS_OK) {
         if (a.options.threads == 0) a.options.threads = ps_device_default_threads(a.kind);
         a.options.cpu_ops = self->cpu_ops;
-        a.options.cpu_scratch_bytes =
-            scratch_bytes(py_model_get(a.model), a.n_ctx, a.chunk_tok, a.options.threads);
+        a.options.cpu_scratch_bytes = ps_plan_cpu_scratch_bytes(
+            py_model_get(a.model), a.n_ctx, a.chunk_tok, a.options.threads);
         Py_BEGIN_ALLOW_THREADS;
         status = ps_device_open(a.kind, &a.options, &self->core, &err);
         Py_END_ALLOW_THREADS;

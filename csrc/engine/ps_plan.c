@@ -529,3 +529,20 @@ void ps_plan_destroy(ps_plan *plan)
     ps_cut_destroy(plan->cut);
     ps_free(plan);
 }
+
+uint64_t ps_plan_cpu_scratch_bytes(
+    const ps_model *model, uint32_t n_ctx, uint32_t chunk_tok, int threads)
+{
+    const ps_hparams *hp = &model->hp;
+    uint32_t cols = hp->n_embd, k = hp->n_expert_used > 0 ? hp->n_expert_used : 1;
+    if (hp->n_ff > cols) cols = hp->n_ff;
+    if (hp->n_ff_expert > cols) cols = hp->n_ff_expert;
+    if (hp->n_head * hp->head_dim > cols) cols = hp->n_head * hp->head_dim;
+    return ps_cpu_scratch_bytes(&(ps_cpu_bounds){.max_cols = cols,
+        .max_tok = chunk_tok,
+        .max_rows = chunk_tok * k,
+        .max_ctx = (n_ctx + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK * PS_KV_PAGE_TOK,
+        .max_head_dim = hp->head_dim,
+        .n_head = hp->n_head,
+        .threads = (uint32_t)(threads > 0 ? threads : 1)});
+}

@@ -187,6 +187,11 @@ static inline int32_t ps_plan_whole(const ps_plan *plan, int32_t unit)
 ps_status ps_plan_refuse(
     const ps_plan *plan, uint32_t tier, uint32_t unit, ps_err *err, const char *what);
 
+/* Scratch that a CPU stream needs so that no op of passes over this model, of at most chunk_tok
+ * tokens a call, outgrows it on any CPU variant. */
+uint64_t ps_plan_cpu_scratch_bytes(
+    const ps_model *model, uint32_t n_ctx, uint32_t chunk_tok, int threads);
+
 /* References that name the same bytes, made equal. */
 static inline ps_dptr ps_ref_canonical(ps_dptr r)
 {
