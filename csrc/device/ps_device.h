@@ -97,10 +97,11 @@ static inline void *ps_cpu_ptr(const ps_launch *launch, ps_dptr p)
 /* What the virtual clock charges for an op, and what errors and traces show. */
 typedef struct ps_cost {
     uint64_t flops;
-    uint64_t bytes;     /* moved through the memory of the side that computes, or over the bus: */
-    uint64_t bus_bytes; /* those of them that an accelerator reads from host memory by address */
-    uint32_t op;        /* ps_op_kind, opaque here */
-    uint32_t tick;      /* index in the tick list */
+    uint64_t bytes; /* moved through the memory of the side that computes, or over the bus: */
+    uint64_t
+        bus_bytes; /* those of them that are host memory, which an accelerator reaches by address */
+    uint32_t op;   /* ps_op_kind, opaque here */
+    uint32_t tick; /* index in the tick list */
 } ps_cost;
 
 /* Rates that `emu` charges. All > 0. */

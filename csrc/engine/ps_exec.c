@@ -113,6 +113,9 @@ static ps_status take_host(ps_exec *x, ps_err *err)
         return ps_fail(err, PS_ENOMEM, "no host memory for a KV cache of %.1f MiB",
             (double)x->host_kv_bytes / (1 << 20));
     x->bases.space[PS_SPACE_HOST_ACT] = host_dptr(x->host_act);
+    if (p->space_bytes[PS_SPACE_HOST_ACT_DEV] > 0)
+        TRY(ps_device_locked_dptr(
+            x->device, x->host_act, &x->bases.space[PS_SPACE_HOST_ACT_DEV], err));
     x->bases.space[PS_SPACE_HOST_BATCH] = host_dptr(x->host_batch);
     x->bases.space[PS_SPACE_HOST_CONST] = host_dptr(x->host_const);
     x->bases.space[PS_SPACE_HOST_KV] = host_dptr(x->host_kv);

@@ -6,7 +6,7 @@
  * what it must wait for is the emitter's business (ps_emit.c).
  *
  * Hidden states (PS_BUF_X) live on both sides; a bit a chunk and side says where they are current,
- * and move() copies them where the next block needs them.
+ * and ps_lower_move_x() takes them where the next block needs them.
  *
  * Threads: pure but for what it allocates.
  */
@@ -16,13 +16,25 @@
 
 /* ---- hidden states ---- */
 
+ps_dptr ps_lower_mapped(ps_dptr ref)
+{
+    return ps_ref_space(ref) == PS_SPACE_HOST_ACT
+               ? ps_ref(PS_SPACE_HOST_ACT_DEV, ps_ref_offset(ref))
+               : ref;
+}
+
+void ps_lower_hand_over(lowering *l, int32_t unit, ps_dptr dst, ps_dptr src, uint64_t n)
+{
+    ps_move_args a = {.x = ps_lower_mapped(src), .out = ps_lower_mapped(dst), .n = n};
+    ps_emit_run(l->e, PS_SIDE_DEV, unit, PS_OP_MOVE, &a, NULL, 0);
+}
+
 void ps_lower_move_x(lowering *l, chunk c)
 {
     if (l->x_on[c.side][c.i]) return;
     chunk from = c;
     from.side = other(c.side);
-    uint64_t n_bytes = (uint64_t)c.n * l->hp->n_embd * sizeof(float);
-    ps_emit_copy(l->e, c.side == PS_SIDE_DEV, -1, chunk_x(l, c), chunk_x(l, from), n_bytes);
+    ps_lower_hand_over(l, -1, chunk_x(l, c), chunk_x(l, from), (uint64_t)c.n * l->hp->n_embd);
     l->x_on[c.side][c.i] = 1;
 }
 

@@ -2,9 +2,10 @@
  * body, and what happens where shares of a unit compute on both sides at once. See
  * ps_lower_priv.h.
  *
- * A split unit's input is made where its shares are joined (on the GPU) and copied to the other
- * side, which starts first. Each side adds up its parts in the order of their rows; then the other
- * side's sum comes over and is added: GPU part + CPU part, whatever took longer.
+ * A split unit's input is made where its shares are joined, on the GPU, and handed to the CPU,
+ * which starts first. Each side adds up its parts in the order of their rows; then the GPU adds the
+ * CPU's sum to its own, whatever took longer. The CPU leaves its sum where its hidden states are,
+ * which are stale from here on.
  */
 #include "engine/ps_lower_priv.h"
 
@@ -40,17 +41,13 @@ static void emit_both_sides(
     far.side = other(c.side);
     bool both = computes_on(l, u, far.side);
     if (both) { /* the far side starts first, so that both work at once */
-        ps_emit_copy(l->e, far.side == PS_SIDE_DEV, (int32_t)unit,
-            in_buf(l, far.side, PS_BUF_NORM, 0), in_buf(l, c.side, PS_BUF_NORM, 0),
-            n * sizeof(float));
-        emit_parts(l, layer, far, u, body, in_buf(l, far.side, PS_BUF_OUT, 0), false);
+        ps_lower_hand_over(l, (int32_t)unit, in_buf(l, far.side, PS_BUF_NORM, 0),
+            in_buf(l, c.side, PS_BUF_NORM, 0), n);
+        emit_parts(l, layer, far, u, body, chunk_x(l, far), false);
     }
     emit_parts(l, layer, c, u, body, y, add);
     if (!both) return;
-    ps_dptr theirs = in_buf(l, c.side, PS_BUF_OUT_OTHER, 0);
-    ps_emit_copy(l->e, c.side == PS_SIDE_DEV, (int32_t)unit, theirs,
-        in_buf(l, far.side, PS_BUF_OUT, 0), n * sizeof(float));
-    ps_add_args join = {.a = y, .b = theirs, .out = y, .n = n};
+    ps_add_args join = {.a = y, .b = ps_lower_mapped(chunk_x(l, far)), .out = y, .n = n};
     ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ADD, &join, NULL, 0);
 }
 
@@ -157,7 +154,7 @@ void ps_lower_head(lowering *l)
     for (uint32_t first = 0; first < l->shape.n_out; first += l->plan->spec.logit_rows) {
         uint32_t left = l->shape.n_out - first,
                  n = left < l->plan->spec.logit_rows ? left : l->plan->spec.logit_rows;
-        uint64_t n_bytes = (uint64_t)n * hp->n_embd * sizeof(float);
+        uint64_t n_words = (uint64_t)n * hp->n_embd;
         ps_dptr rows = in_buf(l, side, PS_BUF_ROWS, 0), picked = in_buf(l, from, PS_BUF_ROWS, 0);
         ps_dptr out = ps_ref(PS_SPACE_OUT, (uint64_t)first * hp->n_vocab * sizeof(float));
         ps_gather_rows_args gather = {.x = in_buf(l, from, PS_BUF_X, 0),
@@ -167,13 +164,12 @@ void ps_lower_head(lowering *l)
             .n = hp->n_embd,
             .n_x = l->shape.n_tok};
         ps_emit_run(l->e, from, (int32_t)unit, PS_OP_GATHER_ROWS, &gather, NULL, 0);
-        if (from != side)
-            ps_emit_copy(l->e, side == PS_SIDE_DEV, (int32_t)unit, rows, picked, n_bytes);
+        if (from != side) ps_lower_hand_over(l, (int32_t)unit, rows, picked, n_words);
         ps_lower_emit_norm(l, (chunk){.side = side}, cut ? u->first_part : unit, PS_W_NORM, rows,
             (ps_dptr){0}, rows, n);
         if (both) {
-            ps_emit_copy(l->e, side != PS_SIDE_DEV, (int32_t)unit,
-                in_buf(l, other(side), PS_BUF_ROWS, 0), rows, n_bytes);
+            ps_lower_hand_over(
+                l, (int32_t)unit, in_buf(l, other(side), PS_BUF_ROWS, 0), rows, n_words);
             emit_logits(l, other(side), unit, n, out);
         }
         emit_logits(l, side, unit, n, out);

@@ -185,8 +185,7 @@ static void lower_experts(lowering *l, uint32_t layer, chunk c, expert_plan *p)
     ps_side far = other(c.side);
     ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0), logits = in_buf(l, c.side, PS_BUF_ROUTER, 0);
     route_refs r = routes(l, c.side, c.n);
-    uint64_t x_bytes = (uint64_t)c.n * hp->n_embd * sizeof(float),
-             y_bytes = x_bytes * hp->n_expert_used;
+    uint64_t n_x = (uint64_t)c.n * hp->n_embd, n_y = n_x * hp->n_expert_used;
 
     ps_lower_move_x(l, c);
     ps_lower_emit_norm(l, c, router, PS_W_NORM, chunk_x(l, c), (ps_dptr){0}, norm, c.n);
@@ -207,16 +206,15 @@ static void lower_experts(lowering *l, uint32_t layer, chunk c, expert_plan *p)
     if (p->any[far]) { /* the far side starts first, so that both work at once */
         chunk fc = c;
         fc.side = far;
-        bool in = far == PS_SIDE_DEV;
         y_other = in_buf(l, c.side, PS_BUF_Y_OTHER, 0);
-        ps_emit_copy(l->e, in, (int32_t)router, in_buf(l, far, PS_BUF_NORM, 0), norm, x_bytes);
-        ps_emit_copy(l->e, in, (int32_t)router, routes(l, far, c.n).ids, r.ids, r.n_bytes);
+        ps_lower_hand_over(l, (int32_t)router, in_buf(l, far, PS_BUF_NORM, 0), norm, n_x);
+        ps_lower_hand_over(
+            l, (int32_t)router, routes(l, far, c.n).ids, r.ids, r.n_bytes / sizeof(int32_t));
         emit_groups(l, layer, fc, p, in_buf(l, far, PS_BUF_Y, 0));
     }
     if (p->any[c.side]) emit_groups(l, layer, c, p, y);
     if (p->any[far])
-        ps_emit_copy(l->e, far == PS_SIDE_HOST, (int32_t)router, y_other,
-            in_buf(l, far, PS_BUF_Y, 0), y_bytes);
+        ps_lower_hand_over(l, (int32_t)router, y_other, in_buf(l, far, PS_BUF_Y, 0), n_y);
     ps_moe_combine_args combine = {.y = p->any[c.side] ? y : y_other,
         .y_other = y_other,
         .down_ptrs = in_const(c.side, l->plan->tables_offset + p->owned * sizeof(ps_dptr)),

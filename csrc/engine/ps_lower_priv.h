@@ -105,6 +105,11 @@ typedef struct linear { /* one matrix of a matmul: y = W x + bias */
     uint32_t ldy;
 } linear;
 
+/* Activations under the address by which the GPU reaches them, wherever they are. */
+ps_dptr ps_lower_mapped(ps_dptr ref);
+/* 32-bit words of activations to the other side. A kernel of the GPU moves them in both directions:
+ * a copy would queue behind weights on their way, and weights behind it while the CPU computes. */
+void ps_lower_hand_over(lowering *l, int32_t unit, ps_dptr dst, ps_dptr src, uint64_t n);
 /* Fetches the chunk's hidden states to its side; and after a block has written them there, makes
  * the other side stale. */
 void ps_lower_move_x(lowering *l, chunk c);

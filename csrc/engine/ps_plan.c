@@ -20,7 +20,7 @@ const char *ps_space_name(ps_space space)
 {
     static const char *const names[PS_SPACE_COUNT] = {"none", "weights", "ring", "kv", "act",
         "batch", "const", "host.weights", "host.weights@dev", "host.kv", "host.kv@dev", "host.act",
-        "host.batch", "host.const", "out"};
+        "host.act@dev", "host.batch", "host.const", "out"};
     return (unsigned)space < PS_SPACE_COUNT ? names[space] : "unknown";
 }
 
@@ -252,13 +252,11 @@ static void size_buffers(ps_plan *p)
     uint64_t c = s->chunk_tok, f = sizeof(float), nq = (uint64_t)hp->n_head * hp->head_dim,
              nk = (uint64_t)hp->n_kv_head * hp->head_dim;
     uint64_t assigned = c * hp->n_expert_used;
-    bool fused = false, split_qkv = false, post = false, dense = false, experts = false,
-         cut = false;
+    bool fused = false, split_qkv = false, post = false, dense = false, experts = false;
     for (uint32_t i = 0; i < hp->n_layer; i++) {
         const ps_layer *y = &p->model->layers[i];
         bool is_cut = ps_unit_is_cut(&p->model->units[y->attn]), /* then parts have three weights */
             is_fused = has_role(p->model, (uint32_t)y->attn, PS_W_QKV) && !is_cut;
-        cut = cut || is_cut || (y->ffn >= 0 && ps_unit_is_cut(&p->model->units[y->ffn]));
         fused = fused || is_fused;
         split_qkv = split_qkv || !is_fused;
         post = post || has_role(p->model, (uint32_t)y->attn, PS_W_POST_NORM) ||
@@ -269,8 +267,7 @@ static void size_buffers(ps_plan *p)
     uint64_t *b = p->buf_bytes;
     b[PS_BUF_X] = (uint64_t)s->pass_tok * hp->n_embd * f;
     b[PS_BUF_NORM] = c * hp->n_embd * f;
-    b[PS_BUF_OUT] = post || cut ? c * hp->n_embd * f : 0;
-    b[PS_BUF_OUT_OTHER] = cut ? c * hp->n_embd * f : 0;
+    b[PS_BUF_OUT] = post ? c * hp->n_embd * f : 0;
     b[PS_BUF_Q] = c * (fused ? nq + 2 * nk : nq) * f;
     b[PS_BUF_K] = b[PS_BUF_V] = split_qkv ? c * nk * f : 0;
     b[PS_BUF_ATT] = c * nq * f;
@@ -289,7 +286,7 @@ static void size_buffers(ps_plan *p)
  * region. */
 static uint64_t lay_out_buffers(ps_plan *p)
 {
-    static const ps_buf always[] = {PS_BUF_X, PS_BUF_NORM, PS_BUF_OUT, PS_BUF_OUT_OTHER, PS_BUF_WS};
+    static const ps_buf always[] = {PS_BUF_X, PS_BUF_NORM, PS_BUF_OUT, PS_BUF_WS};
     static const ps_buf phases[][6] = {
         {PS_BUF_Q, PS_BUF_K, PS_BUF_V, PS_BUF_ATT, PS_BUF_COUNT},
         {PS_BUF_GATE, PS_BUF_UP, PS_BUF_COUNT},
@@ -410,6 +407,7 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
     uint64_t act = lay_out_buffers(p);
     if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_ACT] = act;
     bytes[PS_SPACE_HOST_ACT] = host_act_bytes(p, act);
+    if (p->spec.accelerator) bytes[PS_SPACE_HOST_ACT_DEV] = bytes[PS_SPACE_HOST_ACT];
 
     uint64_t at = 0;
     for (uint32_t i = 0; i < hp->n_rope; i++) {

@@ -65,9 +65,10 @@ typedef enum ps_space {
     PS_SPACE_HOST_WEIGHTS_DEV, /* the same bytes under the address by which GPU kernels reach them
                                 */
     PS_SPACE_HOST_KV,          /* locked where the GPU reads it too */
-    PS_SPACE_HOST_KV_DEV, /* the same bytes under the address by which GPU kernels reach them */
-    PS_SPACE_HOST_ACT,    /* locked */
-    PS_SPACE_HOST_BATCH,  /* locked */
+    PS_SPACE_HOST_KV_DEV,  /* the same bytes under the address by which GPU kernels reach them */
+    PS_SPACE_HOST_ACT,     /* locked */
+    PS_SPACE_HOST_ACT_DEV, /* the same bytes, likewise */
+    PS_SPACE_HOST_BATCH,   /* locked */
     PS_SPACE_HOST_CONST,
     PS_SPACE_OUT, /* the caller's logits, host memory */
     PS_SPACE_COUNT
@@ -94,15 +95,14 @@ typedef enum ps_side { PS_SIDE_DEV, PS_SIDE_HOST, PS_SIDE_COUNT } ps_side;
 
 /* Activation buffers; each has one place on each side that computes. */
 typedef enum ps_buf {
-    PS_BUF_X,    /* f32 [pass_tok][n_embd] hidden states */
+    PS_BUF_X, /* f32 [pass_tok][n_embd] hidden states; where they are stale, a split block's share
+               */
     PS_BUF_NORM, /* f32 [chunk][n_embd] */
     PS_BUF_Q,    /* f32 [chunk][q + k + v side by side where fused, else q] */
     PS_BUF_K,
     PS_BUF_V,
     PS_BUF_ATT, /* f32 [chunk][n_head * head_dim] */
-    PS_BUF_OUT, /* f32 [chunk][n_embd] a block's output before post norm; of a split one, one side's
-                   share of it */
-    PS_BUF_OUT_OTHER, /* the same, computed on the other side */
+    PS_BUF_OUT, /* f32 [chunk][n_embd] a block's output before post norm */
     PS_BUF_GATE,
     PS_BUF_UP,      /* f32 [chunk][n_ff] */
     PS_BUF_ROUTER,  /* f32 [chunk][n_expert] */
@@ -197,6 +197,7 @@ static inline ps_dptr ps_ref_canonical(ps_dptr r)
 {
     switch (ps_ref_space(r)) {
     case PS_SPACE_HOST_KV_DEV: return ps_ref(PS_SPACE_HOST_KV, ps_ref_offset(r));
+    case PS_SPACE_HOST_ACT_DEV: return ps_ref(PS_SPACE_HOST_ACT, ps_ref_offset(r));
     case PS_SPACE_HOST_WEIGHTS_DEV: return ps_ref(PS_SPACE_HOST_WEIGHTS, ps_ref_offset(r));
     default: return r;
     }

@@ -90,6 +90,12 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
         ps_attn_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         if (ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV_DEV) cost.bus_bytes = cost.bytes;
+    } else if (k->op == PS_OP_MOVE || k->op == PS_OP_ADD) {
+        ps_range ranges[PS_MAX_OPERANDS];
+        uint32_t n_ranges = ps_tick_ranges(t, i, ranges, PS_MAX_OPERANDS);
+        for (uint32_t j = 0; j < n_ranges; j++)
+            if (ps_ref_space(ranges[j].ref) == PS_SPACE_HOST_ACT_DEV)
+                cost.bus_bytes += ranges[j].n_bytes;
     }
     if (n.mapped > 0) cost.bus_bytes = (uint64_t)((double)cost.bytes * n.mapped / n_expert);
     if (n.here < n_expert) {

@@ -18,7 +18,7 @@ typedef struct ps_trace_tick {
     uint64_t begin_ns, end_ns;
     uint64_t flops;
     uint64_t bytes;     /* RUN: as ps_cost has them; copies: over the bus */
-    uint64_t bus_bytes; /* RUN: those of `bytes` that came over the bus */
+    uint64_t bus_bytes; /* RUN: those of `bytes` that went over the bus */
     uint32_t tick;      /* number in the pass's list */
     int32_t cause; /* WAIT, FLAG_WAIT: the tick that they waited for; -1: none that takes time */
     int32_t unit;  /* -1: none */

@@ -32,6 +32,7 @@ ps_status ps_cpu_ref_moe_combine(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_add(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_gather_rows(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_softcap(const ps_launch *launch, const void *args);
+ps_status ps_cpu_ref_move(const ps_launch *launch, const void *args);
 
 /* f(gate) * up in double, as PS_ACT_* says. */
 double ps_cpu_ref_gate(uint32_t kind, double gate, double up);

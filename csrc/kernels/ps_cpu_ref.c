@@ -227,6 +227,15 @@ ps_status ps_cpu_ref_gather_rows(const ps_launch *launch, const void *args)
     return PS_OK;
 }
 
+ps_status ps_cpu_ref_move(const ps_launch *launch, const void *args)
+{
+    const ps_move_args *a = args;
+    ps_status status = ps_op_check(PS_OP_MOVE, a, NULL);
+    if (status != PS_OK) return status;
+    memcpy(ps_cpu_ptr(launch, a->out), ps_cpu_ptr(launch, a->x), a->n * sizeof(uint32_t));
+    return PS_OK;
+}
+
 ps_status ps_cpu_ref_softcap(const ps_launch *launch, const void *args)
 {
     const ps_softcap_args *a = args;
@@ -256,6 +265,7 @@ const ps_op_table *ps_cpu_ref_table(void)
             [PS_OP_MOE_COMBINE] = ps_cpu_ref_moe_combine,
             [PS_OP_ADD] = ps_cpu_ref_add,
             [PS_OP_GATHER_ROWS] = ps_cpu_ref_gather_rows,
-            [PS_OP_SOFTCAP] = ps_cpu_ref_softcap}};
+            [PS_OP_SOFTCAP] = ps_cpu_ref_softcap,
+            [PS_OP_MOVE] = ps_cpu_ref_move}};
     return &table;
 }

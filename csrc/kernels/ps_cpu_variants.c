@@ -72,7 +72,8 @@
                 [PS_OP_MOE_COMBINE] = ps_cpu_##simd##_moe_combine,                                 \
                 [PS_OP_ADD] = ps_cpu_##simd##_add,                                                 \
                 [PS_OP_GATHER_ROWS] = ps_cpu_ref_gather_rows,                                      \
-                [PS_OP_SOFTCAP] = ps_cpu_##simd##_softcap}};                                       \
+                [PS_OP_SOFTCAP] = ps_cpu_##simd##_softcap,                                         \
+                [PS_OP_MOVE] = ps_cpu_ref_move}};                                                  \
         return &table;                                                                             \
     }
 

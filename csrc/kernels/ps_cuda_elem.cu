@@ -1,5 +1,5 @@
-/* ps_cuda_elem - the ops that touch each element once or twice: embed, norm, act, add, gather_rows,
- * softcap, attn_merge, moe_combine.
+/* ps_cuda_elem - the ops that touch each element once or twice: embed, norm, act, add, move,
+ * gather_rows, softcap, attn_merge, moe_combine.
  *
  * Not here: rope and the cache (ps_cuda_prep.cu).
  * Threads: launchers on the engine's thread.
@@ -237,7 +237,8 @@ ps_status ps_cuda_act(const ps_launch *launch, const void *args)
     return ps_cuda_launch(launch, (const void *)k_act, grid, 128, 0, &p);
 }
 
-/* ---- add, softcap: flat ---- */
+/* ---- add, move, softcap: flat. What may be host memory that the CPU has just written is read past
+ * the caches, which may hold what was there before. ---- */
 
 enum { FLAT_THREADS = 256 };
 
@@ -260,10 +261,10 @@ static __global__ void k_add(const __grid_constant__ add_params p)
     const float *x = (const float *)p.a.a.a, *y = (const float *)p.a.b.a;
     float *out = (float *)p.a.out.a;
     for (uint64_t i = first; i < p.n4; i += step) {
-        const float4 u = ((const float4 *)x)[i], v = ((const float4 *)y)[i];
+        const float4 u = ((const float4 *)x)[i], v = __ldcv((const float4 *)y + i);
         ((float4 *)out)[i] = make_float4(u.x + v.x, u.y + v.y, u.z + v.z, u.w + v.w);
     }
-    for (uint64_t i = p.n4 * 4 + first; i < p.a.n; i += step) out[i] = x[i] + y[i];
+    for (uint64_t i = p.n4 * 4 + first; i < p.a.n; i += step) out[i] = x[i] + __ldcv(y + i);
 }
 
 ps_status ps_cuda_add(const ps_launch *launch, const void *args)
@@ -273,6 +274,32 @@ ps_status ps_cuda_add(const ps_launch *launch, const void *args)
     if (status != PS_OK || p.a.n == 0) return status;
     if ((p.a.a.a | p.a.b.a | p.a.out.a) % 16 == 0) p.n4 = p.a.n / 4;
     return ps_cuda_launch(launch, (const void *)k_add,
+        dim3(flat_blocks(launch, p.n4 > 0 ? p.n4 : p.a.n)), FLAT_THREADS, 0, &p);
+}
+
+typedef struct move_params {
+    ps_move_args a;
+    uint64_t n4; /* of n, in uint4; the rest one by one */
+} move_params;
+
+static __global__ void k_move(const __grid_constant__ move_params p)
+{
+    ps_dep_wait();
+    const uint64_t step = (uint64_t)gridDim.x * blockDim.x;
+    const uint64_t first = (uint64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const uint32_t *x = (const uint32_t *)p.a.x.a;
+    uint32_t *out = (uint32_t *)p.a.out.a;
+    for (uint64_t i = first; i < p.n4; i += step) ((uint4 *)out)[i] = __ldcv((const uint4 *)x + i);
+    for (uint64_t i = p.n4 * 4 + first; i < p.a.n; i += step) out[i] = __ldcv(x + i);
+}
+
+ps_status ps_cuda_move(const ps_launch *launch, const void *args)
+{
+    move_params p = {*(const ps_move_args *)args, 0};
+    const ps_status status = ps_op_check(PS_OP_MOVE, &p.a, NULL);
+    if (status != PS_OK || p.a.n == 0) return status;
+    if ((p.a.x.a | p.a.out.a) % 16 == 0) p.n4 = p.a.n / 4;
+    return ps_cuda_launch(launch, (const void *)k_move,
         dim3(flat_blocks(launch, p.n4 > 0 ? p.n4 : p.a.n)), FLAT_THREADS, 0, &p);
 }
 

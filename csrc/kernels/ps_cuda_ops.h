@@ -26,6 +26,7 @@ ps_status ps_cuda_moe_combine(const ps_launch *launch, const void *args);
 ps_status ps_cuda_add(const ps_launch *launch, const void *args);
 ps_status ps_cuda_gather_rows(const ps_launch *launch, const void *args);
 ps_status ps_cuda_softcap(const ps_launch *launch, const void *args);
+ps_status ps_cuda_move(const ps_launch *launch, const void *args);
 
 #ifdef __cplusplus
 }

@@ -28,6 +28,7 @@ static const op_desc op_descs[PS_OP_COUNT] = {
     [PS_OP_ADD] = {"add", sizeof(ps_add_args)},
     [PS_OP_GATHER_ROWS] = {"gather_rows", sizeof(ps_gather_rows_args)},
     [PS_OP_SOFTCAP] = {"softcap", sizeof(ps_softcap_args)},
+    [PS_OP_MOVE] = {"move", sizeof(ps_move_args)},
 };
 
 const char *ps_op_name(ps_op_kind kind)
@@ -222,6 +223,10 @@ static void operands_small(operand_list *l, ps_op_kind kind, const ps_op_args *u
         break;
     }
     case PS_OP_SOFTCAP: put(l, &u->softcap.x, PS_READ_WRITE, u->softcap.n * 4); break;
+    case PS_OP_MOVE:
+        put(l, &u->move.x, PS_READ, u->move.n * 4);
+        put(l, &u->move.out, PS_WRITE, u->move.n * 4);
+        break;
     default: break;
     }
 }
@@ -339,6 +344,7 @@ static ps_cost cost_of(ps_op_kind kind, const ps_op_args *u)
     case PS_OP_ACT: return cost_elem((uint64_t)u->act.n_tok * u->act.n, 3, 12);
     case PS_OP_ADD: return cost_elem(u->add.n, 3, 1);
     case PS_OP_SOFTCAP: return cost_elem(u->softcap.n, 2, 12);
+    case PS_OP_MOVE: return cost_elem(u->move.n, 2, 0);
     default: return (ps_cost){0};
     }
 }
@@ -503,6 +509,7 @@ static const char *bad_small(ps_op_kind kind, const ps_op_args *u)
         const ps_gather_rows_args *a = &u->gather_rows;
         return given(a->x) && given(a->rows) && given(a->out) ? NULL : "a missing operand";
     }
+    case PS_OP_MOVE: return given(u->move.x) && given(u->move.out) ? NULL : "a missing operand";
     case PS_OP_SOFTCAP: return given(u->softcap.x) && u->softcap.cap > 0 ? NULL : "x or cap";
     default: return "the kind of op";
     }

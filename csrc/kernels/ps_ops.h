@@ -47,6 +47,7 @@ typedef enum ps_op_kind {
     PS_OP_ADD,         /* out = a + b */
     PS_OP_GATHER_ROWS, /* rows by index */
     PS_OP_SOFTCAP,     /* cap * tanh(x / cap) */
+    PS_OP_MOVE,        /* words from one place to another */
     PS_OP_COUNT
 } ps_op_kind;
 
@@ -230,7 +231,8 @@ typedef struct ps_moe_combine_args {
     uint32_t n_tok, k, n_expert, n;
 } ps_moe_combine_args;
 
-/* ---- ADD: out = a + b, n floats, in place allowed. ---- */
+/* ---- ADD: out = a + b, n floats, in place allowed: out == a. On a GPU b may be host memory, under
+ * the address by which kernels reach it, that the CPU wrote just before. ---- */
 typedef struct ps_add_args {
     ps_dptr a, b, out;
     uint64_t n;
@@ -251,6 +253,14 @@ typedef struct ps_softcap_args {
     float cap;
 } ps_softcap_args;
 
+/* ---- MOVE: out = x, n 32-bit words, bit by bit. On a GPU one of the two may be host memory, as
+ * for ADD: this is how small things get from side to side without a copy engine, whose queue may be
+ * full of weights. ---- */
+typedef struct ps_move_args {
+    ps_dptr x, out;
+    uint64_t n;
+} ps_move_args;
+
 typedef union ps_op_args { /* as large as the largest */
     ps_embed_args embed;
     ps_norm_args norm;
@@ -266,6 +276,7 @@ typedef union ps_op_args { /* as large as the largest */
     ps_add_args add;
     ps_gather_rows_args gather_rows;
     ps_softcap_args softcap;
+    ps_move_args move;
 } ps_op_args;
 
 /* ---- about ops, without running them (ps_ops.c) ---- */

@@ -665,6 +665,14 @@ static inline bool ops_small_at(uint32_t i, ops_call *c)
         for (uint64_t j = 0; j < n; j++) ((float *)c->buf[x].host)[j] *= j % 3 ? 40.0f : 0.01f;
         return true;
     }
+    if (i < 10) {
+        const uint64_t n = i == 7 ? 1 : i == 8 ? 4099 : 8192;
+        ops_begin(c, PS_OP_MOVE, i == 7 ? "1" : i == 8 ? "4099" : "8192");
+        c->args.move.n = n;
+        ops_add_gauss(c, offsetof(ps_move_args, x), n, 1, &rng);
+        ops_add_out(c, offsetof(ps_move_args, out), 1, n, n, &rng);
+        return true;
+    }
     return false;
 }
 

@@ -2,7 +2,7 @@
  * what the reference table itself is judged by. Whole matrices are dequantised first and sums run
  * over them in the formula's own shape.
  *
- * Not here: EMBED, ADD, GATHER_ROWS, SOFTCAP and ATTN_MERGE's tables of cases (ops_cases.h).
+ * Not here: EMBED, ADD, MOVE, GATHER_ROWS, SOFTCAP and ATTN_MERGE's tables of cases (ops_cases.h).
  * Threads: the test's thread.
  */
 #ifndef OPS_EVAL_H
@@ -323,6 +323,9 @@ static inline void ops_eval_small(ps_op_kind kind, ps_op_args *u)
         for (uint64_t i = 0; i < u->add.n; i++)
             ((float *)ops_ptr(u->add.out))[i] =
                 ((float *)ops_ptr(u->add.a))[i] + ((float *)ops_ptr(u->add.b))[i];
+    } else if (kind == PS_OP_MOVE) {
+        for (uint64_t i = 0; i < u->move.n; i++)
+            ((float *)ops_ptr(u->move.out))[i] = ((float *)ops_ptr(u->move.x))[i];
     } else if (kind == PS_OP_GATHER_ROWS) {
         ps_gather_rows_args *a = &u->gather_rows;
         for (uint64_t i = 0; i < (uint64_t)a->n_rows * a->n; i++) {
