@@ -489,9 +489,11 @@ static ps_status enqueue_part(ps_exec *x, const ps_bound *b, part which, ps_err 
     for (uint32_t i = 0; i < b->ticks->n_ticks; i++) {
         bool cpu = tick[i].stream == PS_STREAM_CPU;
         if ((which == PART_CPU && !cpu) || (which == PART_ACCELERATOR && cpu)) continue;
-        if (x->marking) TRY(ps_trace_enter(x->trace, x->stream[tick[i].stream], b->ticks, i, err));
+        ps_stream *s = x->stream[tick[i].stream];
+        bool in_graph = which == PART_ACCELERATOR;
+        if (x->marking) TRY(ps_trace_enter(x->trace, s, b->ticks, i, in_graph, err));
         TRY(enqueue(x, b, i, err));
-        if (x->marking) TRY(ps_trace_leave(x->trace, x->stream[tick[i].stream], b->ticks, i, err));
+        if (x->marking) TRY(ps_trace_leave(x->trace, s, b->ticks, i, err));
         if (i % POLL_EVERY_TICKS == 0 && !poll_now(x))
             return ps_fail(err, PS_ECANCELLED, "the pass was interrupted");
     }

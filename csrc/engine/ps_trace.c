@@ -11,6 +11,7 @@ struct ps_trace {
     ps_device *device; /* borrows */
     ps_event **marks;  /* own; [n_marks]: 2 i and 2 i + 1 are around tick i of any list */
     uint32_t n_marks;
+    bool begun[PS_STREAM_COUNT]; /* the graph being recorded has a mark on this stream */
     int32_t *signal; /* owns; [cap_signals]: events, then flags: the tick whose end they tell */
     uint32_t cap_signals;
     ps_trace_tick *ticks; /* owns; [cap_ticks], a ring: number n is at n % cap_ticks */
@@ -77,6 +78,7 @@ static ps_status grow_marks(ps_trace *t, uint32_t n, ps_err *err)
 ps_status ps_trace_prepare(ps_trace *t, const ps_ticks *ticks, ps_err *err)
 {
     uint32_t n_signals = ticks->n_events + ticks->n_flags;
+    memset(t->begun, 0, sizeof t->begun);
     ps_status status = grow_marks(t, ticks->n_ticks * 2, err);
     if (status != PS_OK) return status;
     if (n_signals > t->cap_signals) {
@@ -110,9 +112,12 @@ ps_status ps_trace_tie(ps_trace *t, ps_err *err)
     return PS_OK;
 }
 
-ps_status ps_trace_enter(ps_trace *t, ps_stream *s, const ps_ticks *ticks, uint32_t i, ps_err *err)
+ps_status ps_trace_enter(
+    ps_trace *t, ps_stream *s, const ps_ticks *ticks, uint32_t i, bool in_graph, ps_err *err)
 {
-    if (!takes_time(&ticks->tick[i])) return PS_OK;
+    const ps_tick *k = &ticks->tick[i];
+    if (!takes_time(k) || (in_graph && t->begun[k->stream])) return PS_OK;
+    t->begun[k->stream] = true;
     return ps_device_mark(t->device, s, t->marks[2 * i], err);
 }
 
@@ -146,13 +151,13 @@ static int32_t *signal_of(ps_trace *t, const ps_ticks *ticks, const ps_tick *k)
     return NULL;
 }
 
-static ps_status read_tick(
-    ps_trace *t, const ps_bound *b, uint32_t i, int32_t cause, ps_trace_tick *out, ps_err *err)
+/* begin_ns: NULL where it has a mark of its own. */
+static ps_status read_tick(ps_trace *t, const ps_bound *b, uint32_t i, const uint64_t *begin_ns,
+    ps_trace_tick *out, ps_err *err)
 {
     const ps_tick *k = &b->ticks->tick[i];
     bool copies = k->kind == PS_TICK_COPY_IN || k->kind == PS_TICK_COPY_OUT;
     *out = (ps_trace_tick){.tick = i,
-        .cause = cause,
         .unit = ps_plan_whole(b->ticks->plan, k->unit),
         .kind = k->kind,
         .stream = k->stream,
@@ -162,7 +167,11 @@ static ps_status read_tick(
         .bytes = copies                   ? k->n_bytes
                  : k->kind == PS_TICK_RUN ? b->cost[i].bytes
                                           : 0};
-    ps_status status = ps_device_mark_time(t->device, t->marks[2 * i], &out->begin_ns, err);
+    ps_status status = PS_OK;
+    if (begin_ns != NULL)
+        out->begin_ns = *begin_ns;
+    else
+        status = ps_device_mark_time(t->device, t->marks[2 * i], &out->begin_ns, err);
     if (status != PS_OK) return status;
     status = ps_device_mark_time(t->device, t->marks[2 * i + 1], &out->end_ns, err);
     if (out->end_ns < out->begin_ns) out->end_ns = out->begin_ns; /* half a microsecond, rounded */
@@ -170,9 +179,10 @@ static ps_status read_tick(
 }
 
 /* Room for all its ticks is there. Returns how many were written. */
-static ps_status read_ticks(ps_trace *t, const ps_bound *b, uint32_t *n, ps_err *err)
+static ps_status read_ticks(ps_trace *t, const ps_bound *b, bool graph, uint32_t *n, ps_err *err)
 {
     const ps_ticks *ticks = b->ticks;
+    uint64_t now_ns[PS_STREAM_COUNT] = {0};
     int32_t last[PS_STREAM_COUNT] = {-1, -1, -1, -1};
     for (uint32_t i = 0; i < ticks->n_events + ticks->n_flags; i++) t->signal[i] = -1;
     *n = 0;
@@ -184,9 +194,12 @@ static ps_status read_ticks(ps_trace *t, const ps_bound *b, uint32_t *n, ps_err 
             continue;
         }
         ps_trace_tick *out = &t->ticks[(t->tick_end + *n) % t->cap_ticks];
-        ps_status status = read_tick(t, b, i, signal != NULL ? *signal : -1, out, err);
+        bool goes_on = graph && k->stream != PS_STREAM_CPU && last[k->stream] >= 0;
+        ps_status status = read_tick(t, b, i, goes_on ? &now_ns[k->stream] : NULL, out, err);
         if (status != PS_OK) return status;
+        out->cause = signal != NULL ? *signal : -1;
         last[k->stream] = (int32_t)i;
+        now_ns[k->stream] = out->end_ns;
         (*n)++;
     }
     return PS_OK;
@@ -197,7 +210,7 @@ ps_status ps_trace_add(ps_trace *t, const ps_bound *b, const ps_trace_pass *pass
     uint64_t start_ns = ps_clock_ns();
     uint32_t n = 0;
     make_room(t, pass->marked ? b->ticks->n_ticks : 0);
-    ps_status status = pass->marked ? read_ticks(t, b, &n, err) : PS_OK;
+    ps_status status = pass->marked ? read_ticks(t, b, pass->graph, &n, err) : PS_OK;
     if (status != PS_OK) return status;
     ps_trace_pass *out = pass_at(t, t->pass_end++);
     *out = *pass;

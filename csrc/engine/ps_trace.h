@@ -45,13 +45,15 @@ typedef struct ps_trace ps_trace;
 ps_status ps_trace_create(ps_device *device, uint64_t cap_bytes, ps_trace **out, ps_err *err);
 void ps_trace_destroy(ps_trace *t); /* graphs that hold its marks must be gone; NULL allowed */
 
-/* Before the first marked pass of a list. The ring grows where it could not hold a single pass of
- * it, and is empty afterwards. */
+/* Before each marked pass; allocates before the first one of a list. The ring grows where it could
+ * not hold a single pass of it, and is empty afterwards. */
 ps_status ps_trace_prepare(ps_trace *t, const ps_ticks *ticks, ps_err *err);
 /* Before each pass, while no stream is busy: keeps the clocks together. */
 ps_status ps_trace_tie(ps_trace *t, ps_err *err);
-/* Around enqueueing tick i on `s`. */
-ps_status ps_trace_enter(ps_trace *t, ps_stream *s, const ps_ticks *ticks, uint32_t i, ps_err *err);
+/* Around enqueueing tick i on `s`. In a graph a tick begins where the one before it on its stream
+ * ended: there is nothing between two nodes but their launch, and a mark would be one more node. */
+ps_status ps_trace_enter(
+    ps_trace *t, ps_stream *s, const ps_ticks *ticks, uint32_t i, bool in_graph, ps_err *err);
 ps_status ps_trace_leave(ps_trace *t, ps_stream *s, const ps_ticks *ticks, uint32_t i, ps_err *err);
 /* Behind a pass that went well. Of `pass`, first_tick, n_ticks, read_ns and clock_error_ns are
  * filled here, and begin_ns and end_ns moved from ps_exec_clock_ns to the clock of the ticks. */
