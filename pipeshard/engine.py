@@ -130,6 +130,7 @@ class Engine(TracedEngine):
                 kind, emu, budget is not None, self._model._core, wishes.n_ctx, chunk_tok, n_threads
             )
             self._budget = budget if budget is not None else _free_budget(self._device)
+            self._given, self._wishes = given, wishes
             self._open(self._make_plan(given, wishes))
             self._check_limits(limits)
         except BaseException:
@@ -137,9 +138,9 @@ class Engine(TracedEngine):
             self._forget()
             raise
 
-    def _make_plan(self, given: Plan | None, wishes: Wishes) -> _core.Plan:
+    def _make_plan(self, given: Plan | None, wishes: Wishes, held_bytes: int = 0) -> _core.Plan:
         machine, free = _describe(self._open_device)
-        budget = self._budget if free is None else min(self._budget, free)
+        budget = self._budget if free is None else min(self._budget, free + held_bytes)
         if given is None:
             self._plan, core = make_plan(self.model, machine, replace(wishes, budget_bytes=budget))
             return core
@@ -158,6 +159,29 @@ class Engine(TracedEngine):
         if self._traced:
             self._recorder.start(self._core)
         _open_engines.add(self)
+
+    def set_budget(self, vram: int | str) -> None:
+        """Goes over to another budget of VRAM, between tokens: a stream under way goes on from there, and what follows
+        is what an engine opened with this budget would say. Host weights are not read again.
+
+        The policy places every unit anew. An engine that was given a plan keeps the plan's places. Old memory is given
+        back before new memory is taken, so no more than the larger of the two budgets is ever held; `peak_bytes` counts
+        from here. After an error, such as a BudgetError, everything is as it was."""
+        budget = parse_size(vram, argument="vram")
+        mine = self._owner is not None and self._owner[1] == threading.get_ident()
+        with self._calling(self._owner[0] if mine and self._owner else None) as core:
+            before = self._plan, self._budget
+            try:
+                self._budget = budget
+                plan = self._make_plan(self._given, self._wishes, core.stats()["vram_bytes"])
+                with Bar(f"loading {self.model.name}", "B") as bar:
+                    core.replan(plan, bar.to)
+            except BaseException:
+                self._plan, self._budget = before
+                raise
+            self._n_as_prompt = (
+                0  # it ran elsewhere: another engine's answers need not be the same bits
+            )
 
     def _check_limits(self, limits: Mapping[str, int | None]) -> None:
         stats = self._usable().stats()

@@ -6,6 +6,7 @@
  * at once. Every call that computes releases the GIL; about every 20 ms the core asks whether to go
  * on, and the GIL is re-taken to let signal handlers run.
  */
+#include "binding/py_memory.h"
 #include "binding/py_trace.h"
 
 #include <string.h>
@@ -151,6 +152,40 @@ static PyObject *engine_close(PyObject *object, PyObject *unused)
     Py_CLEAR(self->device);
     Py_CLEAR(self->plan);
     Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(replan_doc,
+    "replan(plan, progress=None) -> None\n\nGo over to another plan, between passes, with what the "
+    "sequences hold.");
+
+static PyObject *engine_replan(PyObject *object, PyObject *args)
+{
+    engine *self = (engine *)object;
+    py_state *state = usable(self);
+    PyObject *plan = NULL, *callback = Py_None;
+    if (state == NULL || !PyArg_ParseTuple(args, "O!|O", state->plan_type, &plan, &callback))
+        return NULL;
+    if (py_plan_model(plan) != py_plan_model(self->plan)) {
+        PyErr_SetString(PyExc_ValueError, "the plan must be of the engine's own model");
+        return NULL;
+    }
+    ps_err err = {0};
+    Py_INCREF(plan);
+    self->progress = callback != Py_None ? Py_NewRef(callback) : NULL;
+    enter(self);
+    ps_status status = ps_engine_replan(self->core, py_plan_get(plan), &err);
+    if (status == PS_EFATAL) ps_engine_destroy(self->core);
+    leave(self);
+    Py_CLEAR(self->progress);
+    self->rows_are_current = false;
+    if (status == PS_OK) {
+        Py_SETREF(self->plan, plan);
+        if (!PyErr_Occurred()) Py_RETURN_NONE;
+        return NULL;
+    }
+    if (status == PS_EFATAL) self->core = NULL;
+    Py_DECREF(plan);
+    return py_raise(state, &err);
 }
 
 /* ---- passes ---- */
@@ -336,40 +371,6 @@ static PyObject *engine_truncate(PyObject *object, PyObject *args)
 
 /* ---- looking ---- */
 
-static int add_u64(PyObject *dict, const char *key, uint64_t value)
-{
-    return py_dict_take(dict, key, PyLong_FromUnsignedLongLong(value));
-}
-
-PyDoc_STRVAR(stats_doc, "stats() -> dict\n\nMemory now and at its peak, bytes moved, passes run.");
-
-static PyObject *engine_stats(PyObject *object, PyObject *unused)
-{
-    engine *self = (engine *)object;
-    (void)unused;
-    if (usable(self) == NULL) return NULL;
-    const ps_exec *x = ps_engine_exec(self->core);
-    const ps_exec_stats s = ps_exec_get_stats(x);
-    const ps_arena *arena = ps_exec_arena(x);
-    PyObject *dict = PyDict_New(), *kinds = PyDict_New();
-    bool failed = dict == NULL || kinds == NULL;
-    for (int k = 0; k < PS_MEM_KIND_COUNT && !failed; k++)
-        failed = add_u64(kinds, ps_mem_kind_name((ps_mem_kind)k), arena->peak[k]) < 0;
-    failed = failed || add_u64(dict, "peak_bytes", arena->peak_total) < 0 ||
-             add_u64(dict, "h2d_bytes", s.h2d_bytes) < 0 ||
-             add_u64(dict, "d2h_bytes", s.d2h_bytes) < 0 ||
-             add_u64(dict, "locked_bytes", s.locked_bytes) < 0 ||
-             add_u64(dict, "ram_bytes", s.ram_bytes) < 0 ||
-             add_u64(dict, "disk_bytes", s.disk_bytes) < 0 ||
-             add_u64(dict, "n_passes", s.n_passes) < 0 ||
-             add_u64(dict, "n_graph_launches", s.n_graph_launches) < 0 ||
-             add_u64(dict, "busy_ns", s.busy_ns) < 0 ||
-             PyDict_SetItemString(dict, "peak_bytes_by_kind", kinds) < 0;
-    Py_XDECREF(kinds);
-    if (failed) Py_CLEAR(dict);
-    return dict;
-}
-
 PyDoc_STRVAR(clock_ns_doc, "clock_ns() -> int\n\nThe device's clock: virtual on emu.");
 
 static PyObject *engine_clock_ns(PyObject *object, PyObject *unused)
@@ -446,7 +447,8 @@ static PyMethodDef METHODS[] = {
     {"length", engine_length, METH_O, length_doc},
     {"match", engine_match, METH_VARARGS, match_doc},
     {"truncate", engine_truncate, METH_VARARGS, truncate_doc},
-    {"stats", engine_stats, METH_NOARGS, stats_doc},
+    {"replan", engine_replan, METH_VARARGS, replan_doc},
+    {"stats", py_engine_stats, METH_NOARGS, py_stats_doc},
     {"clock_ns", engine_clock_ns, METH_NOARGS, clock_ns_doc},
     {"cancel", engine_cancel, METH_NOARGS, cancel_doc},
     {"trace_start", py_engine_trace_start, METH_O, py_trace_start_doc},

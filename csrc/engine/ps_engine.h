@@ -20,6 +20,12 @@ ps_status ps_engine_create(ps_model *model, const ps_plan *plan, ps_device *devi
     const ps_exec_options *options, ps_engine **out, ps_err *err);
 void ps_engine_destroy(ps_engine *e); /* NULL allowed */
 
+/* Goes over to another plan of the same model, n_ctx, n_seq and cache format, with what the
+ * sequences hold. The logits of the last call are gone. The memory of the old plan is given back
+ * before that of the new one is taken. Where the new one cannot be had, the engine goes back to the
+ * old plan, and with it to where it was; PS_EFATAL: not even that was possible, only destroy it. */
+ps_status ps_engine_replan(ps_engine *e, const ps_plan *plan, ps_err *err);
+
 /* Appends n tokens to a sequence. Afterwards ps_engine_logits() is the last token's; with
  * all_logits given, those of every appended token are copied there ([n][n_vocab]). PS_EREQUEST: a
  * token that is not in the vocabulary, a sequence that is not there, more tokens than n_ctx has

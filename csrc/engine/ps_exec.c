@@ -310,6 +310,66 @@ void ps_exec_destroy(ps_exec *x)
     ps_free(x);
 }
 
+/* ---- taking over ---- */
+
+void ps_exec_retire(ps_exec *x, ps_exec_past *past)
+{
+    *past = (ps_exec_past){0};
+    if (x == NULL) return;
+    *past = (ps_exec_past){.stats = x->stats, .trace = x->trace, .recording = x->recording};
+    x->trace = NULL;
+    ps_exec_destroy(x);
+}
+
+void ps_exec_inherit(ps_exec *x, ps_exec_past *past)
+{
+    ps_exec_stats *now = &x->stats;
+    const ps_exec_stats *before = &past->stats;
+    now->h2d_bytes += before->h2d_bytes;
+    now->d2h_bytes += before->d2h_bytes;
+    now->disk_bytes += before->disk_bytes;
+    now->n_passes += before->n_passes;
+    now->n_graph_launches += before->n_graph_launches;
+    now->busy_ns += before->busy_ns;
+    x->trace = past->trace;
+    x->recording = past->recording;
+    past->trace = NULL;
+}
+
+static ps_status move_dev(
+    ps_exec *x, bool in, ps_dptr at, unsigned char *bytes, uint64_t n, ps_err *err)
+{
+    ps_stream *s = x->stream[in ? PS_STREAM_H2D : PS_STREAM_D2H];
+    if (in) {
+        memcpy(x->out, bytes, n);
+        TRY(ps_device_copy_in(x->device, s, at, x->out, n, err));
+        return ps_device_sync(x->device, s, err);
+    }
+    TRY(ps_device_copy_out(x->device, s, x->out, at, n, err));
+    TRY(ps_device_sync(x->device, s, err));
+    memcpy(bytes, x->out, n);
+    return PS_OK;
+}
+
+ps_status ps_exec_move_kv(
+    ps_exec *x, bool in, ps_dptr ref, void *bytes, uint64_t n_bytes, ps_err *err)
+{
+    uint64_t staging_bytes = (uint64_t)x->out_rows * x->model->hp.n_vocab * sizeof(float);
+    ps_dptr at = ps_bind_ref(x->model, &x->bases, ref);
+    if (ps_ref_space(ref) == PS_SPACE_HOST_KV) {
+        void *home = (void *)(uintptr_t)at.a;
+        memcpy(in ? home : bytes, in ? bytes : home, n_bytes);
+        return PS_OK;
+    }
+    ps_status status = PS_OK;
+    for (uint64_t done = 0, n; done < n_bytes && status == PS_OK; done += n) {
+        n = ps_min_u64(staging_bytes, n_bytes - done);
+        status = move_dev(x, in, ps_dptr_add(at, done), (unsigned char *)bytes + done, n, err);
+    }
+    if (status == PS_EFATAL) x->lost = true;
+    return status;
+}
+
 /* ---- bound lists ---- */
 
 static bool same_shape(const ps_pass_shape *a, const ps_pass_shape *b)
@@ -726,6 +786,10 @@ bool ps_exec_is_lost(const ps_exec *x)
 const ps_arena *ps_exec_arena(const ps_exec *x)
 {
     return &x->arena;
+}
+const ps_plan *ps_exec_plan(const ps_exec *x)
+{
+    return x->plan;
 }
 
 ps_exec_stats ps_exec_get_stats(const ps_exec *x)

@@ -23,7 +23,7 @@ typedef struct ps_exec_options {
     bool graphs;                /* replay small passes as graphs */
     bool check;                 /* prove every new tick list before it runs */
     ps_progress_fn progress;    /* of loading weights; may be NULL */
-    ps_poll_fn poll;            /* may be NULL */
+    ps_poll_fn poll;            /* of passes; may be NULL */
     void *ctx;                  /* of both */
 } ps_exec_options;
 
@@ -52,6 +52,23 @@ ps_status ps_exec_create(ps_model *model, const ps_plan *plan, ps_device *device
     const ps_exec_options *options, ps_exec **out, ps_err *err);
 void ps_exec_destroy(ps_exec *x); /* NULL allowed */
 
+/* What outlives an executor when another takes its place. */
+typedef struct ps_exec_past {
+    ps_exec_stats stats; /* what it counted */
+    ps_trace *trace;     /* owns until an executor inherits it */
+    bool recording;
+} ps_exec_past;
+
+/* Destroys it, or where `x` is NULL leaves nothing. */
+void ps_exec_retire(ps_exec *x, ps_exec_past *past);
+/* Goes on counting and tracing from there. */
+void ps_exec_inherit(ps_exec *x, ps_exec_past *past);
+
+/* Copies bytes of the cache, a reference into DEV_KV or HOST_KV, from (in) or to ordinary memory.
+ * Between passes; goes through the memory of the logits, which are lost. */
+ps_status ps_exec_move_kv(
+    ps_exec *x, bool in, ps_dptr ref, void *bytes, uint64_t n_bytes, ps_err *err);
+
 /* Room for this many rows of logits; between passes only. */
 ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err);
 /* Runs one pass. *logits is [n_out][n_vocab], valid until the next pass. */
@@ -67,6 +84,7 @@ ps_trace *ps_exec_trace(const ps_exec *x); /* NULL before the first start */
 void ps_exec_cancel(ps_exec *x);        /* any thread; the running pass ends with PS_ECANCELLED */
 bool ps_exec_is_lost(const ps_exec *x); /* a sticky device error happened */
 const ps_arena *ps_exec_arena(const ps_exec *x);
+const ps_plan *ps_exec_plan(const ps_exec *x);
 ps_exec_stats ps_exec_get_stats(const ps_exec *x);
 /* The device's clock now, in nanoseconds: virtual on emu. No pass may be running. */
 uint64_t ps_exec_clock_ns(const ps_exec *x);

@@ -1,0 +1,43 @@
+/* py_memory - _core.Engine's method about memory and traffic.
+ *
+ * Not here: the type (py_engine.c).
+ * Threads: the GIL, between passes.
+ */
+#include "binding/py_memory.h"
+
+static int add_u64(PyObject *dict, const char *key, uint64_t value)
+{
+    return py_dict_take(dict, key, PyLong_FromUnsignedLongLong(value));
+}
+
+const char py_stats_doc[] =
+    PyDoc_STR("stats() -> dict\n\nMemory now and at its peak, bytes moved, passes run.");
+
+PyObject *py_engine_stats(PyObject *self, PyObject *unused)
+{
+    const ps_exec *x = py_engine_exec(self);
+    (void)unused;
+    if (x == NULL) return NULL;
+    const ps_exec_stats s = ps_exec_get_stats(x);
+    const ps_arena *arena = ps_exec_arena(x);
+    PyObject *dict = PyDict_New(), *kinds = PyDict_New();
+    uint64_t held = 0;
+    bool failed = dict == NULL || kinds == NULL;
+    for (int k = 0; k < PS_MEM_KIND_COUNT && !failed; k++)
+        failed = add_u64(kinds, ps_mem_kind_name((ps_mem_kind)k), arena->peak[k]) < 0;
+    for (int k = 0; k < PS_MEM_KIND_COUNT; k++) held += arena->used[k];
+    failed = failed || add_u64(dict, "vram_bytes", held) < 0 ||
+             add_u64(dict, "peak_bytes", arena->peak_total) < 0 ||
+             add_u64(dict, "h2d_bytes", s.h2d_bytes) < 0 ||
+             add_u64(dict, "d2h_bytes", s.d2h_bytes) < 0 ||
+             add_u64(dict, "locked_bytes", s.locked_bytes) < 0 ||
+             add_u64(dict, "ram_bytes", s.ram_bytes) < 0 ||
+             add_u64(dict, "disk_bytes", s.disk_bytes) < 0 ||
+             add_u64(dict, "n_passes", s.n_passes) < 0 ||
+             add_u64(dict, "n_graph_launches", s.n_graph_launches) < 0 ||
+             add_u64(dict, "busy_ns", s.busy_ns) < 0 ||
+             PyDict_SetItemString(dict, "peak_bytes_by_kind", kinds) < 0;
+    Py_XDECREF(kinds);
+    if (failed) Py_CLEAR(dict);
+    return dict;
+}
