@@ -32,11 +32,14 @@ static uint64_t ring_share(const lowering *l, uint32_t unit) /* what an expert t
 static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
 {
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
-    uint64_t ring = ps_lower_ring_bytes(l), total = 0, most = ring;
+    uint64_t ring = ps_lower_ring_bytes(l), total = 0, most = ring,
+             quarter = ps_max_u64(l->plan->spec.n_slots / 4, 1) * l->plan->spec.slot_bytes;
     for (uint32_t i = 0; i < ne; i++)
         if (rides(l, first + i)) total += ring_share(l, first + i);
-    /* More than the ring holds: half of it a group, so that one travels while the other is used. */
-    if (total > ring) most = ps_max_u64(l->plan->spec.n_slots / 2, 1) * l->plan->spec.slot_bytes;
+    /* A quarter of the ring a group, so that one is used while others travel (with halves, what a
+     * group holds back is so much that attention's turn shows as a gap on the bus). But where all
+     * of them fit and several chunks want them, they stay until the last has had them. */
+    if (total > ring || l->n_chunks == 1) most = quarter;
     p->n_groups = 1;
     p->group[0] = (expert_group){0};
     for (uint32_t i = 0; i < ne; i++) {

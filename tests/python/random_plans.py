@@ -76,6 +76,8 @@ def sound_spec(model: Model, rng: Rng) -> Spec:
     bounds = sorted(rng.choice(np.arange(1, 60), n_tiers - 1, replace=False).tolist())
     spec["tiers"] = [(f"t{n}", n) for n in bounds] + [("rest", None)]
     spec["kinds"] = _kinds(model, rng, n_tiers)
+    if rng.random() < 0.3:
+        spec["shares"] = _add_splits(model, rng, spec["kinds"])
     chunk = int(rng.choice([1, 3, 8, 17, 64, 100, 192]))
     spec["chunk_tok"] = chunk
     spec["pass_tok"] = int(rng.choice([chunk, chunk + int(rng.integers(0, 80)), 2 * chunk, 192]))
@@ -125,6 +127,19 @@ def _kinds(model: Model, rng: Rng, n_tiers: int) -> Any:
     kinds = np.ascontiguousarray(np.where(streams, STREAM, CPU), np.uint8)
     kinds[:, resident] = VRAM
     return kinds
+
+
+def _add_splits(model: Model, rng: Rng, kinds: Any) -> Any:
+    """Some units shared by both sides; the resident part is the same in all tiers. Returns the shares."""
+    n_tiers, n = kinds.shape
+    can = np.array([unit.kind in ("attn", "ffn", "head") for unit in model.units])
+    split = can & (rng.random(n) < rng.choice([0.1, 0.5, 1.0]))
+    vram = np.where(rng.random(n) < 0.3, 0.0, rng.random(n))
+    stream = (1 - vram) * np.where(rng.random((n_tiers, n)) < 0.3, 0.0, rng.random((n_tiers, n)))
+    kinds[:, split] = SPLIT
+    shares = np.stack([np.broadcast_to(vram, stream.shape), stream], axis=-1)
+    shares[:, ~split] = 0.0
+    return np.ascontiguousarray(shares, np.float32)
 
 
 # ---- unsound ones ----
