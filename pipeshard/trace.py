@@ -3,7 +3,7 @@
     eng = ps.Engine("model.gguf", vram="4GiB", trace=True)
     eng.generate("Once upon a time", max_tokens=32)
     trace = eng.trace("run.json")   # open it at ui.perfetto.dev
-    print(trace.summary())          # prefill ... 91 % PCIe, 6 % GPU; decode ... 61 % CPU (DRAM), 22 % PCIe
+    print(trace.summary())          # decode: 31 tokens ...: held up by 61% CPU (DRAM), 22% PCIe, 9% hand-off ...
 
 A pass is made of ticks (copies, ops, waits), each on one of four streams. What held a pass up is found by walking back
 from its end: an op began when the one before it on its stream was done, or when a wait before it was, and that wait was
@@ -122,10 +122,11 @@ class Attribution:
         shares = sorted(self.shares.items(), key=lambda item: -item[1])
         parts = [f"{share:.0%} {_LABELS[name]}" for name, share in shares if share >= 0.005]
         what = "tokens read" if self.kind == "prefill" else "tokens decoded"
-        name, busy = self.bottleneck
+        busy = sorted(self.busy_shares.items(), key=lambda item: -item[1])
+        streams = [f"{name} {share:.1%}" for name, share in busy if share >= 0.0005]
         return (
-            f"{self.kind}: {self.n_tok} {what} in {_time(self.seconds)}: {', '.join(parts)}; "
-            f"{name} stream busy {busy:.1%}"
+            f"{self.kind}: {self.n_tok} {what} in {_time(self.seconds)}: held up by "
+            f"{', '.join(parts)}; busy: {', '.join(streams)}"
         )
 
 
@@ -231,6 +232,35 @@ class Trace:
             if marked:
                 found[kind] = _sum_up(marked[0].kind, marked)
         return found
+
+    def ops(self, steps: Sequence[Step] | None = None) -> list[dict[str, Any]]:
+        """What ran, longest first: for each stream and op how often, for how many seconds in all, the bytes and flops
+        a second meanwhile, and the bytes that came over the bus. Copies are ops, too."""
+        rows = [row for s in (self.steps if steps is None else steps) for row in s.passes]
+        chosen = np.zeros(len(self.ticks), bool)
+        for row in rows:
+            chosen[int(row["first_tick"]) :][: int(row["n_ticks"])] = True
+        chosen &= ~np.isin(self.ticks["kind"], [self.names.kinds.index(name) for name in _WAITS])
+        ticks = self.ticks[chosen]
+        keys = np.stack([ticks[name] for name in ("stream", "kind", "op")], axis=1)
+        found = []
+        for key in np.unique(keys, axis=0):
+            some = ticks[(keys == key).all(axis=1)]
+            seconds = int((some["end_ns"] - some["begin_ns"]).sum()) * 1e-9
+            stream, kind, op = key.tolist()
+            is_run = self.names.kinds[kind] == "run"
+            found.append(
+                {
+                    "stream": self.names.streams[stream],
+                    "op": self.names.ops[op] if is_run else "copy",
+                    "n": len(some),
+                    "seconds": seconds,
+                    "bytes_per_s": _share(int(some["bytes"].sum()), seconds),
+                    "flops_per_s": _share(int(some["flops"].sum()), seconds),
+                    "bus_bytes": int(some["bytes" if not is_run else "bus_bytes"].sum()),
+                }
+            )
+        return sorted(found, key=lambda row: -row["seconds"])
 
     # ---- tracing itself ----
 

@@ -32,6 +32,7 @@ __all__ = [
 DEMO_VRAM = "128MiB"
 DEMO_CTX = 2048
 DEFAULT_CTX = 4096
+_MOST_OPS = 8  # of those that took longest, after --trace
 
 
 def note(text: str) -> None:
@@ -148,7 +149,16 @@ def save_trace(engine: Engine, path: str | None) -> None:
     last = engine.last_attribution()
     trace = engine.trace(path)
     note(f"trace: {len(trace.passes)} passes in {path}; open it at https://ui.perfetto.dev")
-    note(trace.summary())
+    last_run = trace.last_run()
+    for attribution in trace.attribute(last_run).values():
+        note(str(attribution))
+    lines = [("stream", "op", "times", "ms", "GB/s", "GFLOP/s")]
+    for row in trace.ops(last_run)[:_MOST_OPS]:
+        rates = row["bytes_per_s"] * 1e-9, row["flops_per_s"] * 1e-9
+        numbers = f"{row['n']} {row['seconds'] * 1e3:.3f} {rates[0]:.1f} {rates[1]:.1f}"
+        lines.append((row["stream"], row["op"], *numbers.split()))
+    for text in table(lines, right=(2, 3, 4, 5)):
+        note(f"  {text}")
     for line in compare(engine.stats, engine.plan.predicted, last):
         note(line)
 

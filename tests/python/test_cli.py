@@ -132,7 +132,7 @@ def test_run_and_bench_write_traces(
         assert status == 0
         assert out
         assert re.search(r"^trace: \d+ passes in ", err, re.M)
-        assert re.search(r"^decode: \d+ tokens decoded in .*: \d+% ", err, re.M)
+        assert re.search(r"^decode: \d+ tokens decoded in .*: held up by \d+% ", err, re.M)
         assert json.loads(path.read_text())["traceEvents"]
         path.unlink()
     missing = str(tmp_path / "no" / "folder.json")

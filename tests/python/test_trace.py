@@ -368,6 +368,25 @@ def test_the_chain_is_the_simulators(
             assert chain["cpu"] == span["critical_ns"]["cpu"]
 
 
+def test_ops_add_up(file: tuple[Trace, dict[str, Any]]) -> None:
+    trace = file[0]
+    rows = trace.ops()
+    assert [row["seconds"] for row in rows] == sorted((r["seconds"] for r in rows), reverse=True)
+    found = trace.attribute()
+    for stream in trace.names.streams:
+        busy = sum(one.busy[stream] for one in found.values())
+        assert sum(r["seconds"] for r in rows if r["stream"] == stream) == pytest.approx(busy)
+    copies = next(row for row in rows if (row["stream"], row["op"]) == ("h2d", "copy"))
+    assert copies["bytes_per_s"] < SLOW_BUS["h2d_bytes_per_s"]
+    assert copies["bytes_per_s"] > 0.9 * SLOW_BUS["h2d_bytes_per_s"]
+    inbound = sum(row["bus_bytes"] for row in rows if row["stream"] != "d2h")
+    assert inbound == sum(one.h2d_bytes for one in found.values())
+    assert {row["op"] for row in rows} >= {"copy", "matmul", "attn", "moe_up", "moe_down"}
+    prefill = trace.ops(trace.prefills)
+    assert sum(row["n"] for row in prefill) < sum(row["n"] for row in rows)
+    assert trace.ops([]) == []
+
+
 def attribution(kind: Any, n_tok: int, **chain: float) -> Attribution:
     whole = dict.fromkeys(CATEGORIES, 0.0) | chain
     return Attribution(kind, n_tok, 1, sum(whole.values()), whole, {}, 0.0)
