@@ -116,7 +116,7 @@ class _Writer:
                 event["cat"] = step.kind
                 event["args"] = {
                     "pass": int(row["number"]),
-                    "tier": trace.names.tiers[int(row["tier"])],
+                    "tier": trace.names.tier(int(row["tier"])),
                     "first_token": pos,
                     "n_tok": n,
                     "graph": bool(row["graph"]),

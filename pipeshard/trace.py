@@ -8,7 +8,8 @@
 A pass is made of ticks (copies, ops, waits), each on one of four streams. What held a pass up is found by walking back
 from its end: an op began when the one before it on its stream was done, or when a wait before it was, and that wait was
 for something on another stream. Along this longest chain every moment belongs to one of six categories: the ones of
-Prediction, and "host", where nothing of the chain ran: launching, and whatever the engine's thread does between.
+Prediction (a stream that worked, or a hand-off), and "host", where nothing of the chain ran: launching, and whatever
+the engine's thread does between. For people, ops on the GPU that only waited for the bus are told apart from the rest.
 
 Not here: recording (_recorder.py and the core's ps_trace), the file's format (_trace_file.py).
 Threads: what is here is immutable data.
@@ -55,6 +56,10 @@ _WAITS = ("wait", "flag_wait")
 # An op that reads a tenth of its bytes from host memory waits for the bus: a GPU's own memory is faster than that by
 # more than ten.
 _BUS_BOUND = 10
+# Ops on the GPU whose time is not the GPU's: reading what lies in host memory, and carrying hidden states across. Each
+# with the category that it is told under; in `chain` they are "compute", as their stream is.
+_TOLD_AS = {"gather": "h2d", "carry": "hand_off"}
+_CARRIES = "move"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +73,24 @@ class Names:
     tiers: tuple[str, ...]
     memory: tuple[str, ...]
 
+    def tier(self, i: int) -> str:
+        """A plan that the engine has since gone over to may have others."""
+        return self.tiers[i] if i < len(self.tiers) else str(i)
+
 
 @dataclass(frozen=True, slots=True)
 class Attribution:
-    """Where the time of some steps went. `chain`: seconds of the longest chain by category; they sum to `seconds`.
-    `busy`: seconds in which each stream copied or computed; `covered_s`: in which the GPU or a copy engine did."""
+    """Where the time of some steps went. `chain`: seconds of the longest chain by category, as Prediction has them;
+    `held_up_by`: the same, with ops on the GPU that waited for the bus under "h2d", and those that carry hidden states
+    between GPU and CPU under "hand_off". Both sum to `seconds`. `busy`: seconds in which each stream copied or
+    computed; `covered_s`: in which the GPU or a copy engine did."""
 
     kind: Literal["prefill", "decode"]
     n_tok: int
     n_passes: int
     seconds: float
     chain: Mapping[str, float]
+    held_up_by: Mapping[str, float]
     busy: Mapping[str, float]
     covered_s: float
     h2d_bytes: int = 0
@@ -86,8 +98,8 @@ class Attribution:
 
     @property
     def shares(self) -> dict[str, float]:
-        """Of the time, by category; they sum to 1."""
-        return {name: _share(s, self.seconds) for name, s in self.chain.items()}
+        """Of the time, by what held it up; they sum to 1."""
+        return {name: _share(s, self.seconds) for name, s in self.held_up_by.items()}
 
     @property
     def busy_shares(self) -> dict[str, float]:
@@ -115,8 +127,8 @@ class Attribution:
         return _share(self.covered_s, self.seconds)
 
     def per_token(self) -> dict[str, float]:
-        """Seconds of each category a token."""
-        return {name: s / max(1, self.n_tok) for name, s in self.chain.items()}
+        """Seconds a token, by what held it up."""
+        return {name: s / max(1, self.n_tok) for name, s in self.held_up_by.items()}
 
     def __str__(self) -> str:
         shares = sorted(self.shares.items(), key=lambda item: -item[1])
@@ -308,7 +320,7 @@ class Trace:
 
 
 def _chain(trace: Trace, row: np.void) -> dict[str, int]:
-    """Nanoseconds of a pass by category, walking back from its end."""
+    """Nanoseconds of a pass by category, those of _TOLD_AS apart, walking back from its end."""
     begin, now = int(row["begin_ns"]), int(row["end_ns"])
     ticks = trace.ticks[int(row["first_tick"]) : int(row["first_tick"] + row["n_ticks"])]
     begins, ends = ticks["begin_ns"].tolist(), ticks["end_ns"].tolist()
@@ -316,7 +328,7 @@ def _chain(trace: Trace, row: np.void) -> dict[str, int]:
     previous = _previous(ticks)
     at_tick = {tick: i for i, tick in enumerate(ticks["tick"].tolist())}
     causes = [at_tick.get(cause, -1) for cause in ticks["cause"].tolist()]
-    spent = dict.fromkeys(CATEGORIES, 0)
+    spent = dict.fromkeys((*CATEGORIES, *_TOLD_AS), 0)
     at = max(range(len(ends)), key=ends.__getitem__, default=-1)
     while at >= 0:
         # `now` never rises, whatever the clocks of two sides make of the order
@@ -341,11 +353,21 @@ def _spend(spent: dict[str, int], category: str, now: int, until: int) -> int:
 def _categories(names: Names, ticks: Rows) -> list[str]:
     waits = [name in _WAITS for name in names.kinds]
     on_bus = (ticks["bus_bytes"] * _BUS_BOUND >= ticks["bytes"]) & (ticks["bus_bytes"] > 0)
+    on_bus &= ticks["stream"] == names.streams.index("compute")
     found = []
-    for kind, stream, bus in zip(
-        ticks["kind"].tolist(), ticks["stream"].tolist(), on_bus.tolist(), strict=True
+    for kind, stream, op, bus in zip(
+        ticks["kind"].tolist(),
+        ticks["stream"].tolist(),
+        ticks["op"].tolist(),
+        on_bus.tolist(),
+        strict=True,
     ):
-        found.append("hand_off" if waits[kind] else "h2d" if bus else names.streams[stream])
+        if waits[kind]:
+            found.append("hand_off")
+        elif bus:
+            found.append("carry" if names.ops[op] == _CARRIES else "gather")
+        else:
+            found.append(names.streams[stream])
     return found
 
 
@@ -399,16 +421,22 @@ def _sum_up(kind: Literal["prefill", "decode"], steps: Sequence[Step]) -> Attrib
     trace = steps[0].trace
     rows = [row for step in steps for row in step.passes]
     sums = [_sums(trace, row) for row in rows]
-    chain = {name: sum(one.chain[name] for one in sums) for name in CATEGORIES}
+    told = {name: sum(one.chain[name] for one in sums) for name in (*CATEGORIES, *_TOLD_AS)}
     total = sum(int(step.passes["end_ns"][-1] - step.passes["begin_ns"][0]) for step in steps)
     # between the passes of a prompt
-    chain["host"] += total - sum(int(row["end_ns"] - row["begin_ns"]) for row in rows)
+    told["host"] += total - sum(int(row["end_ns"] - row["begin_ns"]) for row in rows)
+    chain = {name: told[name] for name in CATEGORIES}
+    held_up_by = dict(chain)
+    for name, category in _TOLD_AS.items():
+        chain["compute"] += told[name]
+        held_up_by[category] += told[name]
     return Attribution(
         kind=kind,
         n_tok=sum(step.n_tok for step in steps),
         n_passes=len(rows),
         seconds=total * 1e-9,
         chain={name: ns * 1e-9 for name, ns in chain.items()},
+        held_up_by={name: ns * 1e-9 for name, ns in held_up_by.items()},
         busy={s: sum(one.busy[s] for one in sums) * 1e-9 for s in trace.names.streams},
         covered_s=sum(one.covered for one in sums) * 1e-9,
         h2d_bytes=sum(one.h2d_bytes for one in sums),
