@@ -52,7 +52,8 @@ class Split:
     """Shares of a unit that are resident in VRAM and streamed to it; the CPU computes the rest, at the same time.
 
     For units of kind `ffn` (by neuron), `attn` (by group of heads, with their KV) and `head` (by output row). Shares
-    are rounded to the nearest multiple of the unit's `row_step`. Experts are placed one by one instead."""
+    are rounded to the nearest multiple of the unit's `row_step`. Each boundary that a tier puts elsewhere than the
+    others cuts the unit once more, into smaller ops. Experts are placed one by one instead."""
 
     vram: float = 0.0
     stream: float = 0.0

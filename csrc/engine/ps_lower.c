@@ -34,7 +34,13 @@ void ps_lower_move_x(lowering *l, chunk c)
     if (l->x_on[c.side][c.i]) return;
     chunk from = c;
     from.side = other(c.side);
-    ps_lower_hand_over(l, -1, chunk_x(l, c), chunk_x(l, from), (uint64_t)c.n * l->hp->n_embd);
+    uint64_t n = (uint64_t)c.n * l->hp->n_embd;
+    /* Looking tokens up is done long before a prompt's later chunks are wanted: copies of these
+     * hold no weights up, and leave the GPU to its work. */
+    if (l->embedded && c.side == PS_SIDE_DEV && c.n > PS_SMALL_PASS_TOK)
+        ps_emit_copy(l->e, true, -1, chunk_x(l, c), chunk_x(l, from), n * sizeof(float));
+    else
+        ps_lower_hand_over(l, -1, chunk_x(l, c), chunk_x(l, from), n);
     l->x_on[c.side][c.i] = 1;
 }
 
@@ -339,9 +345,11 @@ static void lower_pass(lowering *l)
         ps_emit_copy(
             l->e, true, -1, in_batch(PS_SIDE_DEV, 0), in_batch(PS_SIDE_HOST, 0), l->batch->n_bytes);
     lower_embed(l);
+    l->embedded = true;
     for (uint32_t layer = 0; layer < l->hp->n_layer; layer++) {
         load_stages(l, (uint32_t)m->layers[layer].attn);
         ps_lower_block(l, layer, (uint32_t)m->layers[layer].attn, lower_attn);
+        l->embedded = false;
         if (m->layers[layer].ffn >= 0)
             ps_lower_block(l, layer, (uint32_t)m->layers[layer].ffn, lower_ffn);
         else

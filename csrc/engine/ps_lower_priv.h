@@ -24,6 +24,7 @@ typedef struct lowering {
     const ps_batch_layout *batch;
     uint32_t n_chunks;
     uint8_t *x_on[PS_SIDE_COUNT]; /* [n_chunks] is the chunk's hidden state current there */
+    bool embedded; /* hidden states are still those that the tokens were looked up as */
     /* The ring: slots side by side, so that what spans several is contiguous; used round and round.
      */
     uint32_t next_slot;

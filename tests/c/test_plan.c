@@ -388,6 +388,34 @@ PS_TEST(tick_text_names_what_moves)
     close_fixture(&f);
 }
 
+/* Hidden states that the CPU looked up: copies for a prompt, a kernel for a token. */
+PS_TEST(looked_up_tokens_reach_the_gpu)
+{
+    fixture f;
+    if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
+    apply_pattern(&f, 1);
+    place(&f, (uint32_t)f.model->embed, PS_PLACE_CPU);
+    f.spec.chunk_tok = 24;
+    ps_plan *plan = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    for (uint32_t n_tok = 1; plan != NULL && n_tok <= 48; n_tok += 47) {
+        ps_ticks *t = NULL;
+        ps_pass_shape shape = {.tier = ps_plan_tier(plan, n_tok), .n_tok = n_tok, .max_kv = 64};
+        PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+        uint32_t n_copies = 0, n_moves = 0;
+        for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
+            const ps_tick *k = &t->tick[i];
+            n_copies += k->kind == PS_TICK_COPY_IN && ps_ref_space(k->dst) == PS_SPACE_DEV_ACT;
+            n_moves += k->kind == PS_TICK_RUN && k->op == PS_OP_MOVE;
+        }
+        PS_CHECK(n_copies == (n_tok > 1 ? 2 : 0) && n_moves == (n_tok > 1 ? 0 : 1));
+        ps_ticks_destroy(t);
+    }
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
 /* What a pass of n tokens copies in for experts, and what its ops read from host memory. */
 static void expert_traffic(const ps_plan *plan, uint32_t tier, uint32_t n, uint64_t *copied,
     uint64_t *read, uint64_t *of_moe)
