@@ -180,6 +180,7 @@ static int (*const REGISTER[])(PyObject *module, py_state *state) = {
     py_plan_register,
     py_device_register,
     py_engine_register,
+    py_profile_register,
     py_rows_register,
     py_sampler_register,
 };

@@ -81,6 +81,7 @@ int py_model_register(PyObject *module, py_state *state);
 int py_plan_register(PyObject *module, py_state *state);
 int py_device_register(PyObject *module, py_state *state);
 int py_engine_register(PyObject *module, py_state *state);
+int py_profile_register(PyObject *module, py_state *state);
 int py_rows_register(PyObject *module, py_state *state);
 int py_sampler_register(PyObject *module, py_state *state);
 

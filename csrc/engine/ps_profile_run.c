@@ -18,6 +18,7 @@ enum {
     PROBE_WORK = 2000000, /* FLOPs and bytes of the first run of an op whose speed is not known */
 };
 #define MIN_SHARE            (1.0 / 4096)
+#define LAUNCH_S             20e-6 /* what a launch takes at most */
 #define DEFAULT_DEVICE_BYTES (256ull << 20)
 #define DEFAULT_HOST_BYTES   (512ull << 20)
 #define MAX_COPY_BYTES       (64ull << 20)
@@ -366,14 +367,17 @@ static ps_status probe(profiler *p, run_lane *l, const op_call *call, ps_err *er
 }
 
 /* The line through two parts, followed to the whole. Noise must make it neither steeper than if
- * nothing were there whatever the size, nor flat. */
+ * nothing were there whatever the size, nor so flat that a launch and the conversion of the input
+ * could not explain it. */
 static double extrapolate(part_time large, part_time small)
 {
     double steepest = large.seconds / large.share, slope = steepest;
+    double flattest = (large.seconds / 2 - LAUNCH_S) / large.share;
+    if (flattest < steepest / 16) flattest = steepest / 16;
     if (small.share < large.share)
         slope = (large.seconds - small.seconds) / (large.share - small.share);
     if (slope > steepest) slope = steepest;
-    if (slope < steepest / 16) slope = steepest / 16;
+    if (slope < flattest) slope = flattest;
     return large.seconds + slope * (1 - large.share);
 }
 
