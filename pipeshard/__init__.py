@@ -22,6 +22,7 @@ from .errors import (
 from .model import Model
 from .placement import Place, Placement, Split, Tier, Unit
 from .plan import Plan
+from .profiling import profile
 from .sched_policies import PolicyContext, Prediction
 from .sched_policies import names as policies
 from .sweep import Sweep, sweep
@@ -58,5 +59,6 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "policies",
+    "profile",
     "sweep",
 ]

@@ -6,7 +6,7 @@
 
 #include "engine/ps_profile_priv.h"
 
-#define DEFAULT_LIMIT_NS (12ull * 1000 * 1000 * 1000)
+#define DEFAULT_LIMIT_NS (11ull * 1000 * 1000 * 1000)
 
 const char *ps_sample_side_name(ps_sample_side side)
 {

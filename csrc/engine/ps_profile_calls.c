@@ -17,7 +17,8 @@ static const struct {
 enum {
     MAX_CALLS = 512, /* of a side; what a model has beyond that is interpolated */
     LOGIT_ROWS = 8,
-    ROW_STEP = 64 /* parts of matrices are whole tiles of every kernel */
+    ROW_STEP = 64, /* parts of matrices are whole tiles of every kernel */
+    MANY_TOK = 256
 };
 
 /* ---- collecting ---- */
@@ -221,6 +222,15 @@ static double cut_to(uint32_t *n, double share, uint32_t step)
     return (double)*n / all;
 }
 
+/* Of many tokens first some, since no other cut makes the input smaller, which is k times theirs.
+ */
+static double cut_moe_down(ps_moe_down_args *a, double share)
+{
+    double by_tok = 1;
+    if (a->n_tok >= MANY_TOK) by_tok = cut_to(&a->n_tok, share > 0.25 ? share : 0.25, 16);
+    return by_tok * cut_to(&a->n_rows, share / by_tok, ROW_STEP);
+}
+
 static double cut_long(uint64_t *n, double share)
 {
     uint64_t all = *n;
@@ -234,7 +244,7 @@ double ps_profile_cut(const op_call *call, double share, ps_op_args *out)
     switch (call->op) {
     case PS_OP_MATMUL: return cut_matmul(&out->matmul, share);
     case PS_OP_MOE_UP: return cut_to(&out->moe_up.n_ff, share, ROW_STEP);
-    case PS_OP_MOE_DOWN: return cut_to(&out->moe_down.n_rows, share, ROW_STEP);
+    case PS_OP_MOE_DOWN: return cut_moe_down(&out->moe_down, share);
     case PS_OP_ATTN:
         trim_cache(&out->attn.kv, out->attn.max_kv);
         return cut_attn(&out->attn, share);

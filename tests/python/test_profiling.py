@@ -1,0 +1,238 @@
+"""Measured profiles: what they hold, and when they are measured again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pipeshard as ps
+from pipeshard import _core, profiling
+from pipeshard.__main__ import main
+from pipeshard.cli.profile import _text
+
+SMALL = {"MAX_TOK": 8, "MAX_KV": 256, "_DEVICE_BYTES": 8 << 20}
+
+
+@pytest.fixture(autouse=True)
+def small_and_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Short measurements, kept where no other test looks."""
+    for name, value in SMALL.items():
+        monkeypatch.setattr(profiling, name, value)
+    monkeypatch.setenv("PIPESHARD_CACHE", str(tmp_path / "cache"))
+    return
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A name for each time that the core measures."""
+    calls: list[str] = []
+    core_profile = _core.profile
+
+    def spy(model: _core.Model, device: _core.Device, **options: int) -> object:
+        calls.append(device.kind)
+        return core_profile(model, device, host_bytes=16 << 20, **options)
+
+    monkeypatch.setattr(_core, "profile", spy)
+    return calls
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "profiles").iterdir())
+
+
+def test_holds_what_the_emulated_clock_charges(measured: list[str], moe: str, heap: None) -> None:
+    found = ps.profile(moe, device="emu", threads=2)
+    assert found.source == "measured"
+    assert found.machine["device"] == "emu"
+    assert found.machine["threads"] == 2
+    rates = dict(zip(ps.emu.PROFILE_KEYS, _core.emu_profile(), strict=True))
+    sides = {s.side for s in found.samples}
+    assert sides == {"gpu", "cpu", "h2d", "d2h", "fixed"}
+    assert {"matmul", "attn", "moe_up", "moe_down", "norm"} <= {s.op for s in found.samples}
+    for s in found.samples:
+        if s.side == "gpu" and not s.extrapolated:
+            work = max(s.bytes / rates["vram_bytes_per_s"], s.flops / rates["gpu_flops"])
+            assert s.seconds == pytest.approx(rates["launch_ns"] * 1e-9 + work, rel=0.01)
+        if s.op == "copy" and s.side != "fixed":
+            want = rates["copy_ns"] * 1e-9 + s.bytes / rates[f"{s.side}_bytes_per_s"]
+            assert s.seconds == pytest.approx(want, rel=0.01)
+    loads = {(s.side, s.op, s.load) for s in found.samples}
+    assert {("h2d", "copy", "cpu"), ("h2d", "copy", "d2h"), ("fixed", "flag", "h2d")} <= loads
+    assert any(s.side == "cpu" and s.load == "h2d" for s in found.samples)
+    assert any(s.op == "gather" for s in found.samples)
+
+
+def test_measured_once_for_a_machine(measured: list[str], llama: str, tmp_path: Path) -> None:
+    first = ps.profile(llama, device="host", threads=2)
+    assert {s.threads for s in first.samples if s.side == "cpu"} == {1, 2}
+    assert ps.profile(ps.Model(llama), device="host", threads=2) == first
+    assert measured == ["host"]
+    assert len(kept(tmp_path)) == 1
+    ps.profile(llama, device="host", threads=1)
+    assert measured == ["host"] * 2
+    assert len(kept(tmp_path)) == 2
+    ps.profile(llama, device="host", threads=2, force=True)
+    assert len(measured) == 3
+    assert len(kept(tmp_path)) == 2
+
+
+def test_another_clock_is_another_machine(measured: list[str], llama: str, tmp_path: Path) -> None:
+    slow = ps.EmuDevice({"h2d_bytes_per_s": 1e9})
+    fast = ps.profile(llama, device="emu", threads=1)
+    found = ps.profile(llama, device=slow, threads=1)
+    assert len(kept(tmp_path)) == 2
+    assert found != fast
+    copies = [s for s in found.samples if s.side == "h2d" and s.op == "copy"]
+    assert max(s.bytes / s.seconds for s in copies) < 1e9
+
+
+def test_geometry_tells_models_apart(llama: str, moe: str) -> None:
+    a, b = profiling.geometry_of(ps.Model(llama)), profiling.geometry_of(ps.Model(moe))
+    assert a != b
+    assert a == profiling.geometry_of(ps.Model(llama))
+    assert a.startswith("llama-")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "other machine", "folder"])
+def test_damaged_files_are_measured_again(
+    measured: list[str], llama: str, tmp_path: Path, damage: str
+) -> None:
+    ps.profile(llama, device="host", threads=1)
+    (path,) = kept(tmp_path)
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+        with pytest.warns(RuntimeWarning, match="PIPESHARD_CACHE"):
+            ps.profile(llama, device="host", threads=1)
+        assert len(measured) == 2
+        return
+    data = json.loads(path.read_text())
+    data["machine"]["cpu"] = "another"
+    path.write_text(json.dumps(data) if damage == "other machine" else damage)
+    ps.profile(llama, device="host", threads=1)
+    ps.profile(llama, device="host", threads=1)
+    assert len(measured) == 2
+    assert ps.Profile.load(path).machine["cpu"] != "another"
+
+
+def test_no_place_to_keep_it(
+    measured: list[str], llama: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PIPESHARD_CACHE", str(tmp_path / "file"))
+    with pytest.warns(RuntimeWarning, match="could not be kept"):
+        assert ps.profile(llama, device="host", threads=1).samples
+
+
+def test_wrong_arguments(llama: str) -> None:
+    with pytest.raises(ps.RequestError):
+        ps.profile(llama, device="abacus")
+    with pytest.raises(ps.RequestError):
+        ps.profile(llama, device="host", threads=0)
+    with pytest.raises(TypeError):
+        ps.profile(llama, device=3)  # type: ignore[arg-type]
+    with pytest.raises(ps.FileError):
+        ps.profile("no such file.gguf")
+    with pytest.raises(TypeError):
+        ps.profile(7)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["alloc", "locked_alloc", "copy", "launch", "flag", "sync"])
+def test_refusals_are_errors_and_leave_nothing(
+    measured: list[str], llama: str, tmp_path: Path, kind: str, heap: None
+) -> None:
+    for after in (0, 1):
+        device = ps.EmuDevice(faults=[(kind, after)])
+        with pytest.raises(ps.DeviceError) as error:
+            ps.profile(llama, device=device, threads=1)
+        assert not error.value.fatal
+    assert not (tmp_path / "cache").exists()
+
+
+def test_environment_decides_for_engines(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, measured: list[str], llama: str
+) -> None:
+    monkeypatch.delenv("PIPESHARD_PROFILE", raising=False)
+    assert profiling.automatic() is True
+    monkeypatch.setenv("PIPESHARD_PROFILE", "default")
+    assert profiling.automatic() is False
+    found = ps.profile(llama, device="host", threads=1)
+    found.save(tmp_path / "p.json")
+    monkeypatch.setenv("PIPESHARD_PROFILE", str(tmp_path / "p.json"))
+    assert profiling.automatic() == found
+    monkeypatch.setenv("PIPESHARD_PROFILE", "none.json")
+    with pytest.raises(ps.RequestError, match="PIPESHARD_PROFILE"):
+        profiling.automatic()
+
+
+def test_ctrl_c_ends_it(llama: str, tmp_path: Path) -> None:
+    script = (
+        "import sys, signal, pipeshard as ps\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "print('go', flush=True)\n"
+        f"ps.profile({llama!r}, device='emu', force=True)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PIPESHARD_CACHE": str(tmp_path / "cache")},
+    )
+    assert child.stdout is not None
+    assert child.stdout.readline() == b"go\n"
+    child.send_signal(signal.SIGINT)
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode != 0
+    assert b"KeyboardInterrupt" in errors
+    assert not (tmp_path / "cache" / "profiles").exists()
+
+
+# ---- command ----
+
+
+def test_command_prints_a_table(
+    measured: list[str], moe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "p.json"
+    assert main(["profile", moe, "--device", "emu", "-t", "2", "-o", str(out)]) == 0
+    printed = capsys.readouterr()
+    for word in ("emulated GPU", "to the GPU", "gather", "matmul", "moe_up", "CPU x 2", "flag"):
+        assert word in printed.out
+    assert str(out) in printed.err
+    assert ps.Profile.load(out).machine["gpu"] == "emulated GPU"
+    assert main(["profile", moe, "--device", "emu", "-t", "2", "--json"]) == 0
+    assert ps.Profile.from_dict(json.loads(capsys.readouterr().out)) == ps.Profile.load(out)
+    assert measured == ["emu"]
+    assert main(["profile", "-m", moe, "--device", "emu", "-t", "2", "--force"]) == 0
+    assert measured == ["emu"] * 2
+
+
+def test_command_without_a_gpu(
+    measured: list[str], llama: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", llama, "--device", "host", "-t", "2"]) == 0
+    printed = capsys.readouterr()
+    assert "CPU x 1" in printed.out
+    assert "GPU" not in printed.out
+    assert "kept in" in printed.err
+
+
+def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "no such file.gguf"]) == 1
+    assert main(["profile", "--device", "abacus", "x.gguf"]) in (1, 2)
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_table_of_profiles_that_hold_little() -> None:
+    machine = {"cpu": "a CPU", "cpu_variant": "ref", "threads": 1}
+    alone = ps.Profile(
+        "measured", machine, None, (ps._profile.Sample("cpu", "norm", None, 1, 1, 1, 0.0),)
+    )
+    assert _text(alone)[0].startswith("a CPU")
