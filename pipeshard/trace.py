@@ -487,21 +487,23 @@ def explain_difference(
 ) -> str:
     """A line that says by how much a time differs from its prediction, and in which categories: "TTFT 120.0 ms,
     predicted 100.0 ms (+20 %): PCIe +15.0 ms, GPU +5.00 ms". `attribution` is of the same time; for TPS give seconds a
-    token. Without the two breakdowns only the first half can be said."""
+    pass of decoding. Without the two breakdowns only the first half can be said."""
     line = (
         f"{what} {_time(measured_s)}, predicted {_time(predicted_s)} "
         f"({_share(measured_s - predicted_s, predicted_s):+.0%})"
     )
     if not predicted or attribution is None:
         return line
-    n = attribution.n_tok if attribution.kind == "decode" else 1
+    n = attribution.n_passes if attribution.kind == "decode" else 1
     parts = {name: s / n - predicted.get(name, 0.0) for name, s in attribution.chain.items()}
-    # what neither side names: between the passes, and what a prediction could not place
-    parts["host"] += measured_s - attribution.seconds / n
-    parts["host"] -= predicted_s - sum(predicted.get(name, 0.0) for name in parts)
+    # Predictions count launching as handing off. With it goes what neither side names: between the passes, and what a
+    # prediction could not place.
+    parts["hand_off"] += parts.pop("host") + measured_s - attribution.seconds / n
+    parts["hand_off"] -= predicted_s - sum(predicted.values())
     ranked = sorted(parts.items(), key=lambda item: -abs(item[1]))
+    labels = _LABELS | {"hand_off": "hand-off and launching"}
     told = [
-        f"{_LABELS[name]} {'+' if s > 0 else '-'}{_time(abs(s))}"
+        f"{labels[name]} {'+' if s > 0 else '-'}{_time(abs(s))}"
         for name, s in ranked
         if abs(s) >= 0.01 * predicted_s
     ]
