@@ -209,14 +209,15 @@ static void lower_experts(lowering *l, uint32_t layer, chunk c, expert_plan *p)
     if (p->any[far]) { /* the far side starts first, so that both work at once */
         chunk fc = c;
         fc.side = far;
-        y_other = in_buf(l, c.side, PS_BUF_Y_OTHER, 0);
+        y_other = c.side == PS_SIDE_DEV ? ps_lower_mapped(in_buf(l, far, PS_BUF_Y, 0))
+                                        : in_buf(l, c.side, PS_BUF_Y_OTHER, 0);
         ps_lower_hand_over(l, (int32_t)router, in_buf(l, far, PS_BUF_NORM, 0), norm, n_x);
         ps_lower_hand_over(
             l, (int32_t)router, routes(l, far, c.n).ids, r.ids, r.n_bytes / sizeof(int32_t));
         emit_groups(l, layer, fc, p, in_buf(l, far, PS_BUF_Y, 0));
     }
     if (p->any[c.side]) emit_groups(l, layer, c, p, y);
-    if (p->any[far])
+    if (p->any[far] && far == PS_SIDE_DEV)
         ps_lower_hand_over(l, (int32_t)router, y_other, in_buf(l, far, PS_BUF_Y, 0), n_y);
     ps_moe_combine_args combine = {.y = p->any[c.side] ? y : y_other,
         .y_other = y_other,

@@ -216,15 +216,16 @@ static uint64_t align_up(uint64_t n)
     return (n + PS_ARENA_ALIGN - 1) / PS_ARENA_ALIGN * PS_ARENA_ALIGN;
 }
 
-/* Whether some expert computes on another side than its router in some tier. */
+/* Whether the GPU computes experts for a router on the CPU in some tier. The other way round it
+ * reads the CPU's rows where they are. */
 static bool has_far_experts(const ps_plan *p)
 {
     const ps_model *m = p->model;
     for (uint32_t t = 0; t < p->spec.n_tiers; t++)
         for (uint32_t u = 0; u < m->n_units; u++) {
             const ps_unit *x = &m->units[u];
-            if (x->kind == PS_UNIT_EXPERT &&
-                ps_plan_side(p, t, u) != ps_plan_side(p, t, (uint32_t)m->layers[x->layer].router))
+            if (x->kind == PS_UNIT_EXPERT && ps_plan_side(p, t, u) == PS_SIDE_DEV &&
+                ps_plan_side(p, t, (uint32_t)m->layers[x->layer].router) == PS_SIDE_HOST)
                 return true;
         }
     return false;

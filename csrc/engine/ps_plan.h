@@ -109,7 +109,7 @@ typedef enum ps_buf {
     PS_BUF_ROUTE,   /* ids, weights, order, starts of ROUTE, one after another */
     PS_BUF_H,       /* f32 [chunk * k][n_ff_expert] */
     PS_BUF_Y,       /* f32 [chunk * k][n_embd] */
-    PS_BUF_Y_OTHER, /* the same, computed on the other side */
+    PS_BUF_Y_OTHER, /* the same, computed by the GPU for a router on the CPU */
     PS_BUF_ROWS,    /* f32 [logit_rows][n_embd] */
     PS_BUF_LOGITS,  /* f32 [logit_rows][n_vocab] */
     PS_BUF_WS,      /* workspaces of ops */

@@ -90,6 +90,12 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
         ps_attn_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         if (ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV_DEV) cost.bus_bytes = cost.bytes;
+    } else if (k->op == PS_OP_MOE_COMBINE) {
+        ps_moe_combine_args a;
+        memcpy(&a, t->args + k->index, sizeof a);
+        uint32_t far = a.n_expert - count_experts(t, side, a.down_ptrs, a.n_expert).here;
+        if (ps_ref_space(a.y_other) == PS_SPACE_HOST_ACT_DEV)
+            cost.bus_bytes = (uint64_t)a.n_tok * a.k * a.n * sizeof(float) * far / a.n_expert;
     } else if (k->op == PS_OP_MOVE || k->op == PS_OP_ADD) {
         ps_range ranges[PS_MAX_OPERANDS];
         uint32_t n_ranges = ps_tick_ranges(t, i, ranges, PS_MAX_OPERANDS);

@@ -375,7 +375,8 @@ ps_status ps_cuda_attn_merge(const ps_launch *launch, const void *args)
 
 /* ---- moe_combine. Grid: x over columns, y over tokens in strides; ranks are added in order. Which
  * rows they are is looked up once a block, by as many threads as there are ranks: one after the
- * other it would cost a token 8 times three dependent loads. ---- */
+ * other it would cost a token 8 times three dependent loads. Rows are read past the caches: those
+ * of y_other may be host memory. ---- */
 
 enum { COMBINE_THREADS = 128, COMBINE_UNROLL = 8 };
 
@@ -403,7 +404,8 @@ static __global__ void __launch_bounds__(COMBINE_THREADS)
             for (uint32_t r = 0; r < n && c < a.n; r += COMBINE_UNROLL) {
                 float v[COMBINE_UNROLL];
 #pragma unroll
-                for (int u = 0; u < COMBINE_UNROLL; u++) v[u] = r + u < n ? rows[r + u][c] : 0.0f;
+                for (int u = 0; u < COMBINE_UNROLL; u++)
+                    v[u] = r + u < n ? __ldcv(rows[r + u] + c) : 0.0f;
 #pragma unroll
                 for (int u = 0; u < COMBINE_UNROLL; u++)
                     if (r + u < n) sum = fmaf(weights[r + u], v[u], sum);

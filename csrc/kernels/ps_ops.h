@@ -219,8 +219,8 @@ typedef struct ps_moe_down_args {
 } ps_moe_down_args;
 
 /* ---- MOE_COMBINE: out[t] = residual[t] + sum over ranks in order of weights[t][r] * row, row =
- * y[a] where the expert has an address in down_ptrs, else y_other[a] (computed elsewhere). In place
- * allowed: out == residual. ---- */
+ * y[a] where the expert has an address in down_ptrs, else y_other[a] (computed elsewhere; on a GPU
+ * it may be host memory, as for ADD). In place allowed: out == residual. ---- */
 typedef struct ps_moe_combine_args {
     ps_dptr y,
         y_other; /* f32 [n_tok * k][n]; y_other may be null where every expert is on this side */

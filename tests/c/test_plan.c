@@ -430,7 +430,7 @@ static void expert_traffic(const ps_plan *plan, uint32_t tier, uint32_t n, uint6
         ps_cost cost = ps_tick_cost(t, i);
         bool expert = k->unit >= 0 && plan->model->units[k->unit].kind == PS_UNIT_EXPERT;
         if (k->kind == PS_TICK_COPY_IN && expert) *copied += k->n_bytes;
-        if (k->op != PS_OP_MOVE) *read += cost.bus_bytes;
+        if (k->op != PS_OP_MOVE) *read += cost.bus_bytes; /* those are hand-offs */
         if (k->kind == PS_TICK_RUN && (k->op == PS_OP_MOE_UP || k->op == PS_OP_MOE_DOWN))
             *of_moe += cost.bytes;
     }

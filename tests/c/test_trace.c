@@ -238,7 +238,8 @@ static void run_and_check(const setup *s)
             n_graphs += x.passes[i].graph;
         }
         for (uint64_t i = 0; i < x.n_ticks; i++) /* but for hand-offs */
-            if (x.ticks[i].op != PS_OP_MOVE) over_bus += x.ticks[i].bus_bytes;
+            if (x.ticks[i].op != PS_OP_MOVE && x.ticks[i].op != PS_OP_MOE_COMBINE)
+                over_bus += x.ticks[i].bus_bytes;
         for (uint64_t i = 0; i < x.passes[0].n_ticks; i++)
             if (x.ticks[i].kind == PS_TICK_COPY_IN) copied += x.ticks[i].bytes;
         PS_CHECK_EQ_U64(ps_exec_get_stats(exec).busy_ns - busy, sum);
