@@ -36,6 +36,8 @@ static ps_status copy_batch(profiler *p, bool in, ps_dptr at, uint64_t n_bytes, 
 {
     copy_lane *c = &p->copies[in ? 0 : 1];
     TRY(ps_profile_start_load(p, beside, beside_ns, err));
+    if (!p->virtual_clock) /* so that the first does not wait for being enqueued */
+        TRY(ps_profile_copy(p, in, at, n_bytes, err));
     TRY(ps_device_record(p->device, c->stream, c->from, err));
     for (uint32_t i = 0; i < n; i++) TRY(ps_profile_copy(p, in, at, n_bytes, err));
     TRY(ps_device_record(p->device, c->stream, c->to, err));
