@@ -270,6 +270,7 @@ static void lower_attn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_d
         .ldq = x.ldq,
         .ldo = x.n_q,
         .max_kv = l->shape.max_kv,
+        .n_after = l->shape.n_tok - c.first - c.n,
         .window = l->model->layers[layer].window,
         .scale = hp->attn_scale,
         .softcap = hp->attn_softcap};

@@ -267,15 +267,32 @@ static ps_cost cost_moe(uint32_t n_expert, uint32_t k, uint32_t n_tok, uint64_t 
             (uint64_t)(touched * (double)expert_bytes) + (uint64_t)n_tok * k * activations * 4};
 }
 
+/* Keys that the tokens of one run, the last at position end - 1, look at in all. */
+static uint64_t attn_pairs(uint64_t n_tok, uint64_t end, uint64_t window)
+{
+    if (end < n_tok) return n_tok * (n_tok + 1) / 2; /* shapes that no run has */
+    if (window == 0 || window > end) window = end;
+    /* Those before the window is full see every key up to their own. */
+    const uint64_t first = end - n_tok, growing = first < window ? window - first : 0,
+                   n = ps_min_u64(n_tok, growing);
+    return n * first + n * (n + 1) / 2 + (n_tok - n) * window;
+}
+
 static ps_cost cost_attn(const ps_attn_args *a)
 {
-    /* Positions are device data, so this is what the shape allows: a token sees at most the window
-     * or max_kv; tokens of one prompt share their keys, so no more is read than the pages hold. */
-    uint64_t len = a->window > 0 ? ps_min_u64(a->window, a->max_kv) : a->max_kv;
-    uint64_t read = ps_min_u64((uint64_t)a->n_tok * len, (uint64_t)a->kv.n_pages * a->kv.page_tok);
-    uint64_t row = 2ull * a->kv.n_kv_head * fmt_row_bytes(a->kv.fmt, a->kv.head_dim);
-    uint64_t n = (uint64_t)a->n_head * a->kv.head_dim;
-    return (ps_cost){.flops = 4 * a->n_tok * len * n, .bytes = read * row + 8 * a->n_tok * n};
+    /* Positions are device data, so this is what the shape allows. No more tokens than sequences:
+     * each may be another sequence's newest. Else they are a run of one sequence, share its keys,
+     * and none sees a key behind itself. */
+    const uint64_t max_kv = a->max_kv, n_tok = a->n_tok;
+    const uint64_t len = a->window > 0 ? ps_min_u64(a->window, max_kv) : max_kv;
+    const bool apart = n_tok <= a->kv.n_seq;
+    const uint64_t end = max_kv > a->n_after ? max_kv - a->n_after : max_kv;
+    const uint64_t pairs = apart ? n_tok * len : attn_pairs(n_tok, end, a->window);
+    const uint64_t span = a->window > 0 ? ps_min_u64(end, len + n_tok - 1) : end;
+    const uint64_t read = apart ? n_tok * len : span;
+    const uint64_t row = 2ull * a->kv.n_kv_head * fmt_row_bytes(a->kv.fmt, a->kv.head_dim);
+    const uint64_t n = (uint64_t)a->n_head * a->kv.head_dim;
+    return (ps_cost){.flops = 4 * pairs * n, .bytes = read * row + 8 * n_tok * n};
 }
 
 /* n outputs, `words` floats moved for each. */

@@ -147,7 +147,8 @@ typedef struct ps_attn_args {
     uint64_t ws_bytes;
     ps_kv_view kv;
     uint32_t n_tok, n_head, ldq, ldo;
-    uint32_t max_kv; /* no position in this call is >= max_kv; sizes grids and workspaces */
+    uint32_t max_kv;  /* no position in this call is >= max_kv; sizes grids and workspaces */
+    uint32_t n_after; /* tokens of the pass behind these: what ps_op_cost takes off max_kv */
     uint32_t window;
     float scale, softcap;
 } ps_attn_args;

@@ -71,6 +71,43 @@ PS_TEST(cost_of_matmul)
     PS_CHECK_EQ(cost.op, PS_OP_MATMUL);
 }
 
+/* Counted one by one: keys that token i of a run sees, and those that any of them sees. */
+PS_TEST(cost_of_attention_is_causal)
+{
+    const uint32_t row = 2 * 3 * 2 * 8, n = 6 * 8; /* bytes of a position; query floats a token */
+    for (uint32_t window = 0; window <= 40; window += 5)
+        for (uint32_t n_tok = 2; n_tok <= 20; n_tok++)
+            for (uint32_t n_after = 0; n_after <= 12; n_after += 3)
+                for (uint32_t max_kv = n_tok + n_after; max_kv <= 60; max_kv += 7) {
+                    const ps_attn_args a = {
+                        .kv = {.fmt = PS_FMT_F16, .n_kv_head = 3, .head_dim = 8, .n_seq = 1},
+                        .n_tok = n_tok,
+                        .n_head = 6,
+                        .max_kv = max_kv,
+                        .n_after = n_after,
+                        .window = window};
+                    uint64_t pairs = 0;
+                    uint32_t end = max_kv - n_after, lowest = end;
+                    for (uint32_t pos = end - n_tok; pos < end; pos++) {
+                        uint32_t from = window > 0 && pos + 1 > window ? pos + 1 - window : 0;
+                        pairs += pos + 1 - from;
+                        lowest = from < lowest ? from : lowest;
+                    }
+                    ps_test_case("%u of %u, %u after, window %u", n_tok, max_kv, n_after, window);
+                    const ps_cost cost = ps_op_cost(PS_OP_ATTN, &a);
+                    PS_CHECK_EQ_U64(cost.flops, 4 * pairs * n);
+                    PS_CHECK_EQ_U64(cost.bytes, (uint64_t)(end - lowest) * row + 8 * n_tok * n);
+                }
+    /* Tokens of as many sequences each have a cache of their own. */
+    const ps_attn_args apart = {
+        .kv = {.fmt = PS_FMT_F16, .n_kv_head = 3, .head_dim = 8, .n_seq = 4},
+        .n_tok = 4,
+        .n_head = 6,
+        .max_kv = 100};
+    PS_CHECK_EQ_U64(ps_op_cost(PS_OP_ATTN, &apart).flops, 4 * 4 * 100 * n);
+    PS_CHECK_EQ_U64(ps_op_cost(PS_OP_ATTN, &apart).bytes, 4 * 100 * row + 8 * 4 * n);
+}
+
 PS_TEST(bad_arguments_are_refused)
 {
     ps_err err = {0};

@@ -370,7 +370,7 @@ PS_TEST(a_streamed_prompt_takes_as_long_as_the_slower_of_bus_and_compute)
         ps_err err = {0};
         PS_REQUIRE(write_hollow(path, experts));
         PS_REQUIRE_OK(ps_model_open(path, &model, &err), &err);
-        static const uint32_t rings[][2] = {{64, 256 << 10}, {32, 1 << 20}, {24, 512 << 10}};
+        static const uint32_t rings[][2] = {{64, 256 << 10}, {32, 1 << 20}, {28, 512 << 10}};
         static const double ratios[] = {0.05, 0.3, 0.5, 2, 3, 20};
         for (size_t r = 0; r < sizeof rings / sizeof *rings; r++) {
             PS_REQUIRE_OK(
