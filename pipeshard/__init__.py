@@ -25,6 +25,7 @@ from .plan import Plan
 from .profiling import profile
 from .sched_policies import PolicyContext, Prediction
 from .sched_policies import names as policies
+from .simulate import simulate
 from .sweep import Sweep, sweep
 from .tokenizer import Tokenizer
 from .trace import Trace
@@ -60,5 +61,6 @@ __all__ = [
     "__version__",
     "policies",
     "profile",
+    "simulate",
     "sweep",
 ]

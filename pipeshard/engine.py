@@ -23,9 +23,11 @@ from typing import Any, Literal, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from . import _core, openai
+from . import _core, openai, sched_policies
+from ._profile import Profile
 from ._progress import Bar
 from ._recorder import Recorder, TracedEngine
+from ._simulator import Simulator, as_profile, machine_profile
 from .emu import EmuDevice
 from .errors import (
     BusyError,
@@ -34,12 +36,11 @@ from .errors import (
     HostMemoryError,
     PipeshardError,
     RequestError,
-    UnsupportedError,
 )
 from .generate import Sampled, SamplingParams, Source, check_bool, check_int
 from .model import Model, check_path
 from .plan import Plan
-from .planner import MAX_CHUNK_TOK, Machine, Wishes, make_plan
+from .planner import MAX_CHUNK_TOK, N_GEN, N_PROMPT, Machine, Wishes, make_plan
 from .sizes import format_bytes, parse_size
 from .tokenizer import Tokenizer
 
@@ -66,9 +67,10 @@ class Engine(TracedEngine):
 
     model: path of a GGUF file, or a Model that several engines share. device: "auto", "host", "emu", "cuda", "cuda:N"
     or an EmuDevice. vram: bytes or a size such as "4GiB", everything above the driver's own share counted; None: what
-    is free. plan: a Plan or its file, which then decides instead of policy, n_ctx, n_seq and kv. n_ctx 0: the model's
-    own. threads: of the CPU; None: all, but for one or two beside a GPU. locked_limit, ram_limit: of page-locked and of
-    all host memory. trace: record what passes do, for trace()."""
+    is free. policy: a name (`pipeshard.policies()`), "module:name", or a policy itself. plan: a Plan or its file, which
+    then decides instead of policy, n_ctx, n_seq and kv. profile: of the machine, or its file. n_ctx 0: the model's own.
+    threads: of the CPU; None: all, but for one or two beside a GPU. locked_limit, ram_limit: of page-locked and of all
+    host memory. trace: record what passes do, for trace()."""
 
     def __init__(
         self,
@@ -76,9 +78,9 @@ class Engine(TracedEngine):
         *,
         device: str | EmuDevice = "auto",
         vram: int | str | None = None,
-        policy: str = "auto",
+        policy: Any = "auto",
         plan: Plan | str | Path | None = None,
-        profile: object = None,
+        profile: Profile | str | Path | None = None,
         n_ctx: int = _DEFAULT_CTX,
         n_seq: int = 1,
         kv: Literal["f16", "q8_0"] = "f16",
@@ -99,8 +101,9 @@ class Engine(TracedEngine):
             "ram_limit": None if ram_limit is None else parse_size(ram_limit, argument="ram_limit"),
         }
         n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
-        _check_later("policy", policy, "auto")
-        _check_later("profile", profile, None)
+        self._threads = n_threads
+        self._policy = sched_policies.get(policy)  # before anything is opened
+        known = as_profile(profile)
         self._traced = check_bool("trace", trace)
         wishes = _check_wishes(n_ctx, n_seq, kv)
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
@@ -119,6 +122,8 @@ class Engine(TracedEngine):
         self._owner: tuple[object, int] | None = None  # the stream under way and its thread
         self._n_as_prompt = 0  # tokens at the sequence's beginning that ran as part of a prompt
         self._run_stats: Json = _no_run()
+        self._simulator: Simulator | None = None
+        self._prediction: tuple[tuple[int, int, int], float, float] | None = None
         self._last_core_stats: Json = {}
         chunk_tok = max(wishes.n_seq, min(MAX_CHUNK_TOK, wishes.n_ctx))
         if given is not None:
@@ -131,6 +136,9 @@ class Engine(TracedEngine):
             )
             self._budget = budget if budget is not None else _free_budget(self._device)
             self._given, self._wishes = given, wishes
+            if known is None and self._device.kind != "host":
+                known = machine_profile(self._device.kind, emu)
+            self._simulator = None if known is None else Simulator(known, threads=n_threads)
             self._open(self._make_plan(given, wishes))
             self._check_limits(limits)
         except BaseException:
@@ -142,7 +150,14 @@ class Engine(TracedEngine):
         machine, free = _describe(self._open_device)
         budget = self._budget if free is None else min(self._budget, free + held_bytes)
         if given is None:
-            self._plan, core = make_plan(self.model, machine, replace(wishes, budget_bytes=budget))
+            self._plan, core = make_plan(
+                self.model,
+                machine,
+                replace(wishes, budget_bytes=budget),
+                policy=self._policy,
+                simulator=self._simulator,
+                threads=self._threads,
+            )
             return core
         bound = replace(given, budget_bytes=budget, accelerator=machine.accelerator, sm=machine.sm)
         core = bound.bind(self.model)
@@ -179,6 +194,7 @@ class Engine(TracedEngine):
             except BaseException:
                 self._plan, self._budget = before
                 raise
+            self._prediction = None
             self._n_as_prompt = (
                 0  # it ran elsewhere: another engine's answers need not be the same bits
             )
@@ -496,14 +512,33 @@ class Engine(TracedEngine):
         memory.pop("busy_ns", None)
         return {
             **self._run_stats,
-            "predicted_ttft_s": None,
-            "predicted_tps": None,
+            **self._predicted(),
             "budget_bytes": self._budget,
             "baseline_bytes": self._open_device.baseline,
             "peak_bytes_by_kind": dict(kinds),
             "bounce_bytes": 0,
             **memory,
         }
+
+    def _predicted(self) -> Json:
+        """For the sizes of the last run; before the first, for those that the plan speaks of."""
+        n_prompt, n_gen = self._run_stats["n_prompt"], self._run_stats["n_gen"]
+        if self._simulator is None:
+            return {"predicted_ttft_s": None, "predicted_tps": None}
+        if n_prompt == 0 and self._plan.predicted is not None:
+            found = self._plan.predicted
+            return {"predicted_ttft_s": found["ttft_s"], "predicted_tps": found["tps"]}
+        sizes = (n_prompt or N_PROMPT, n_gen or N_GEN, self._run_stats["n_cached"])
+        if self._prediction is None or self._prediction[0] != sizes:
+            prompt, decode = self._simulator.run(
+                self._plan.bind(self.model),
+                n_ctx=self.n_ctx,
+                n_prompt=sizes[0],
+                n_gen=sizes[1],
+                first=sizes[2],
+            )
+            self._prediction = (sizes, prompt.seconds, 1.0 / decode.seconds)
+        return {"predicted_ttft_s": self._prediction[1], "predicted_tps": self._prediction[2]}
 
 
 class _Run:
@@ -653,18 +688,6 @@ def _check_device(device: object) -> tuple[str, EmuDevice | None]:
     if not isinstance(device, str):
         raise TypeError(f"device must be a name or an EmuDevice, not {type(device).__name__}")
     return device, None
-
-
-def _check_later(name: str, value: object, only: object) -> None:
-    """Arguments whose other values belong to a later version."""
-    if isinstance(only, (str, bool)) and type(value) is not type(only):
-        raise TypeError(f"{name} must be a {type(only).__name__}, not {type(value).__name__}")
-    if value != only:
-        raise UnsupportedError(
-            f"{name}={value!r} is not part of this version; it knows {only!r}",
-            what=f"{name}={value!r}",
-            supported=(repr(only),),
-        )
 
 
 def _check_wishes(n_ctx: int, n_seq: int, kv: str) -> Wishes:

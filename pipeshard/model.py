@@ -59,6 +59,11 @@ class Model:
     def units(self) -> tuple[Unit, ...]:
         return self._units
 
+    @cached_property
+    def unit_index(self) -> Mapping[str, int]:
+        """A unit's number by its name."""
+        return {unit.name: i for i, unit in enumerate(self._units)}
+
     @property
     def n_bytes(self) -> int:
         """Of all units."""

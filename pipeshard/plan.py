@@ -215,7 +215,7 @@ class Plan:
 def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[Any, Any]:
     """uint8 kinds [tiers][units] and float32 shares, None where nothing is split. PlanError for what is missing,
     unknown or no place."""
-    index = {unit.name: i for i, unit in enumerate(model.units)}
+    index = model.unit_index
     kinds = np.zeros((len(tiers), len(index)), np.uint8)
     shares = np.zeros((len(tiers), len(index), 2), np.float32)
     any_split = False
@@ -230,32 +230,44 @@ def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[
         if i > 0 and units is placement.places[tiers[i - 1].name]:
             kinds[i], shares[i] = kinds[i - 1], shares[i - 1]
             continue
-        for unit, place in units.items():
-            at = index.get(unit)
-            if at is None:
-                raise PlanError(
-                    f"tier {tier.name}: the model has no unit {unit!r}",
-                    unit=str(unit),
-                    tier=tier.name,
-                )
-            if isinstance(place, Split):
-                kinds[i, at] = _SPLIT
-                shares[i, at] = place.vram, place.stream
-                any_split = True
-            elif place in _KINDS:
-                kinds[i, at] = _KINDS[place]
-            else:
-                raise PlanError(
-                    f"unit {unit}, tier {tier.name}: {place!r} is no place; use vram, stream, cpu or a Split",
-                    unit=unit,
-                    tier=tier.name,
-                )
+        # One pass over names that are all known and plain; whatever else is in it is looked at one by one.
+        try:
+            kinds[i] = [_KINDS[units[name]] for name in index]  # type: ignore[index]
+        except (KeyError, TypeError):
+            any_split |= _look_up(units, index, tier, kinds[i], shares[i])
         if len(units) != len(index):
+            _look_up(units, index, tier, kinds[i], shares[i])  # names what is too many
             missing = next(name for name in index if name not in units)
             raise PlanError(
                 f"tier {tier.name} has no place for unit {missing}", unit=missing, tier=tier.name
             )
     return kinds, shares if any_split else None
+
+
+def _look_up(
+    units: Mapping[str, Place], index: Mapping[str, int], tier: Tier, kinds: Any, shares: Any
+) -> bool:
+    """Fills one tier's rows; whether anything is split."""
+    any_split = False
+    for unit, place in units.items():
+        at = index.get(unit)
+        if at is None:
+            raise PlanError(
+                f"tier {tier.name}: the model has no unit {unit!r}", unit=str(unit), tier=tier.name
+            )
+        if isinstance(place, Split):
+            kinds[at] = _SPLIT
+            shares[at] = place.vram, place.stream
+            any_split = True
+        elif place in _KINDS:
+            kinds[at] = _KINDS[place]
+        else:
+            raise PlanError(
+                f"unit {unit}, tier {tier.name}: {place!r} is no place; use vram, stream, cpu or a Split",
+                unit=unit,
+                tier=tier.name,
+            )
+    return any_split
 
 
 def _kv_array(kv_vram_tok: Mapping[int, int] | None, model: Model) -> Any:

@@ -1,29 +1,47 @@
-"""From a budget to a plan: sizes of passes, places of units, and the smallest budget that would do.
+"""From a budget and a policy to a plan: sizes of passes, what the policy is told, how fast it will be, and the smallest
+budget that would do.
 
 The core says what a placement needs, to the byte; everything here asks it and computes no sizes of its own.
 
-Not here: whether a plan is right (the core), how it is written down (plan.py).
+Not here: whether a plan is right (the core), where units go (sched_policies), how a plan is written down (plan.py).
 Threads: pure functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from . import _core
+from . import _core, sched_policies
+from ._profile import default_profile
+from ._simulator import Simulator
 from .errors import BudgetError
 from .model import Model
-from .placement import TIERS, Place, Placement, Unit
+from .placement import TIERS, Place, Placement, Tier
 from .plan import Plan
+from .sched_policies.base import PolicyContext, Prediction
 from .sizes import format_bytes
 
-__all__ = ["MAX_CHUNK_TOK", "Machine", "Wishes", "make_plan", "smallest_budget"]
+__all__ = [
+    "MAX_CHUNK_TOK",
+    "N_GEN",
+    "N_PROMPT",
+    "Machine",
+    "Wishes",
+    "make_plan",
+    "smallest_budget",
+]
 
 MAX_CHUNK_TOK = 2048
+MAX_PASS_TOK = 16384
+N_PROMPT, N_GEN = 1024, 128  # what a plan's own prediction is about
 _SIZES = (MAX_CHUNK_TOK, 512, 128, 64)  # tokens of one op; smaller ones need less scratch
 _LOGIT_ROWS = 8
-_SCRATCH_SHARE = 4  # passes shrink until scratch takes at most this part of the budget
+_SCRATCH_SHARE = 4  # ops shrink until scratch takes at most this part of the budget
+_PASS_SHARE = 16  # passes grow until their hidden states take at most this part
+_NO_LIMIT = (1 << 63) - 1
+_MORE_BYTES = 1 << 30  # what more budget would buy is said of so much
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,51 +63,66 @@ class Wishes:
     kv: str
 
 
-def make_plan(model: Model, machine: Machine, wishes: Wishes) -> tuple[Plan, _core.Plan]:
-    """The plan of policy "auto", and the same bound to the model. BudgetError where no placement fits."""
-    task = _Task(model, machine, wishes)
+def make_plan(
+    model: Model,
+    machine: Machine,
+    wishes: Wishes,
+    *,
+    policy: Any = "auto",
+    simulator: Simulator | None = None,
+    threads: int = 0,
+    n_prompt: int = N_PROMPT,
+    n_gen: int = N_GEN,
+) -> tuple[Plan, _core.Plan]:
+    """The policy's plan, and the same bound to the model. BudgetError where its placement does not fit, PlanError where
+    it breaks a rule or the policy itself fails. On a device without memory of its own nobody is asked."""
+    simulator = simulator or Simulator(default_profile(), threads=threads)
+    task = _Task(model, machine, wishes, simulator, threads)
     if not machine.accelerator:
-        return task.fix(
-            task.draft(_all(model, "cpu", "the device has no memory of its own"), task.sizes[0])
-        )
-    for place in (task.all_resident, task.greedy, task.all_cpu):
-        draft = place()
-        if draft is not None:
-            return task.fix(draft)
-    needed, smallest = (
-        task.needs(_all(model, "cpu"), task.sizes[-1]),
-        smallest_budget(model, machine, wishes),
-    )
-    raise BudgetError(
-        f"a budget of {format_bytes(wishes.budget_bytes)} of VRAM is too small for {model.name} with n_ctx "
-        f"{wishes.n_ctx} and n_seq {wishes.n_seq}; the smallest that works is {smallest} bytes "
-        f"({format_bytes(smallest)})",
-        needed=needed,
-        budget=wishes.budget_bytes,
-        smallest=smallest,
-    )
+        return task.host_plan()
+    draft = task.ask_policy(policy)
+    core = draft.bind(model)
+    predicted = task.predict(draft, core, n_prompt, n_gen)
+    return replace(draft, bytes=core.bytes_by_kind, predicted=predicted), core
 
 
 def smallest_budget(model: Model, machine: Machine, wishes: Wishes) -> int:
-    """Bytes of VRAM that the least demanding placement needs: make_plan() succeeds with exactly as many."""
-    task = _Task(model, machine, wishes)
-    return task.needs(_all(model, "cpu"), task.sizes[-1])
+    """Bytes of VRAM that the least demanding placement needs: policy "auto" succeeds with exactly as many."""
+    return _Task(model, machine, wishes).smallest()
 
 
 class _Task:
     """One question to the core after another, about one model, machine and wish."""
 
-    def __init__(self, model: Model, machine: Machine, wishes: Wishes) -> None:
+    def __init__(
+        self,
+        model: Model,
+        machine: Machine,
+        wishes: Wishes,
+        simulator: Simulator | None = None,
+        threads: int = 0,
+    ) -> None:
         self.model = model
         self.machine = machine
         self.wishes = wishes
+        self.simulator = simulator
+        self.threads = threads
         # Every sequence can be part of one pass, and no op takes more tokens than a context has.
-        most = max(wishes.n_ctx, wishes.n_seq)
-        self.sizes = sorted({max(wishes.n_seq, min(size, most)) for size in _SIZES}, reverse=True)
+        self.most = max(wishes.n_ctx, wishes.n_seq)
+        self.sizes = sorted(
+            {max(wishes.n_seq, min(size, self.most)) for size in _SIZES}, reverse=True
+        )
+        # Policies ask about the same placement again and again; it is kept, so that its id is not another's.
+        self._bound: dict[tuple[int, int], tuple[Placement, _core.Plan]] = {}
 
-    # ---- asking ----
+    # ---- asking the core ----
 
-    def draft(self, placement: Placement, size: int) -> Plan:
+    def draft(
+        self, placement: Placement, size: int, tiers: Sequence[Tier] = TIERS, pass_tok: int = 0
+    ) -> Plan:
+        """A plan without its bytes. What the placement says of sizes goes first."""
+        chunk = max(self.wishes.n_seq, min(placement.chunk_tok or size, self.most))
+        whole = placement.pass_tok or pass_tok or self.pass_tok(chunk)
         return Plan(
             arch=self.model.arch,
             digest=self.model.digest,
@@ -99,106 +132,182 @@ class _Task:
             n_seq=self.wishes.n_seq,
             kv=self.wishes.kv,
             budget_bytes=self.wishes.budget_bytes,
-            tiers=TIERS,
-            placement=placement,
-            chunk_tok=size,
-            pass_tok=size,
+            tiers=tuple(tiers),
+            placement=replace(placement, chunk_tok=0, pass_tok=0),  # from here on the plan says it
+            chunk_tok=chunk,
+            pass_tok=max(chunk, min(whole, self.most)),
             logit_rows=max(_LOGIT_ROWS, min(self.wishes.n_seq, 256)),
             graph_reserve_bytes=self.machine.graph_reserve_bytes,
         )
 
-    def needs(self, placement: Placement, size: int) -> int:
-        return self.ask(placement, size).needed_bytes
+    def pass_tok(self, chunk: int) -> int:
+        """The longer a pass, the fewer times streamed weights cross the bus for one prompt."""
+        per_tok = 4 * int(self.model.hparams["n_embd"])
+        room = self.wishes.budget_bytes // _PASS_SHARE
+        n = chunk
+        while n < min(self.most, MAX_PASS_TOK) and 2 * n * per_tok <= room:
+            n *= 2
+        return n
 
-    def ask(self, placement: Placement, size: int) -> _core.Plan:
+    def ask(self, draft: Plan) -> _core.Plan:
         """As if there were no budget."""
-        return replace(self.draft(placement, size), budget_bytes=(1 << 63) - 1).bind(self.model)
+        return replace(draft, budget_bytes=_NO_LIMIT).bind(self.model)
 
-    def fits(self, placement: Placement, size: int) -> bool:
-        return self.needs(placement, size) <= self.wishes.budget_bytes
+    def bound(self, placement: Placement, size: int, tiers: Sequence[Tier]) -> _core.Plan:
+        key = (id(placement), size)
+        found = self._bound.get(key)
+        if found is None:
+            while len(self._bound) >= 8:
+                self._bound.pop(next(iter(self._bound)))
+            found = (placement, self.ask(self.draft(placement, size, tiers)))
+            self._bound[key] = found
+        return found[1]
 
-    def fix(self, draft: Plan) -> tuple[Plan, _core.Plan]:
-        """The finished plan: with its bytes, and checked against the budget."""
+    def smallest(self) -> int:
+        size = self.sizes[-1]
+        return self.ask(self.draft(self._all_cpu(), size, pass_tok=size)).needed_bytes
+
+    def _all_cpu(self, why: str = "") -> Placement:
+        names = [unit.name for unit in self.model.units]
+        placement = Placement.everywhere(
+            dict.fromkeys(names, "cpu"), dict.fromkeys(names, why) if why else None
+        )
+        return replace(placement, n_slots=0, slot_bytes=0)
+
+    # ---- asking the policy ----
+
+    def host_plan(self) -> tuple[Plan, _core.Plan]:
+        size = self.sizes[0]
+        placement = self._all_cpu("the device has no memory of its own")
+        draft = self.draft(placement, size, pass_tok=size)
         core = draft.bind(self.model)
         return replace(draft, bytes=core.bytes_by_kind), core
 
-    # ---- the placements of policy "auto" ----
+    def context(self, size: int, tiers: Sequence[Tier]) -> PolicyContext:
+        wishes, simulator = self.wishes, self.simulator
+        assert simulator is not None
 
-    def all_resident(self) -> Plan | None:
-        placement = _all(self.model, "vram", "everything fits")
-        if self.model.n_bytes > self.wishes.budget_bytes:
-            return None  # spares the questions
-        size = next((size for size in self.sizes if self.fits(placement, size)), None)
-        return None if size is None else self.draft(placement, size)
+        def simulate(placement: Placement, n_prompt: int) -> Prediction:
+            return simulator.predict(
+                self.model,
+                self.bound(placement, size, tiers),
+                n_ctx=wishes.n_ctx,
+                n_seq=wishes.n_seq,
+                n_prompt=n_prompt,
+                n_gen=N_GEN,
+            )
 
-    def greedy(self) -> Plan | None:
-        """As many units as fit, the most valuable first, with the largest passes that leave room for them."""
-        order = _by_value(self.model.units)
-        for size in self.sizes:
-            if (
-                size != self.sizes[-1]
-                and self.scratch(order[:1], size) * _SCRATCH_SHARE > self.wishes.budget_bytes
-            ):
+        def ask_pass(placement: Placement, n_tok: int) -> float:
+            core = self.bound(placement, size, tiers)
+            return simulator.run_pass(core, min(n_tok, core.sizes[1])).seconds
+
+        return PolicyContext(
+            units=self.model.units,
+            tiers=tuple(tiers),
+            budget_bytes=wishes.budget_bytes,
+            n_ctx=wishes.n_ctx,
+            n_seq=wishes.n_seq,
+            threads=self.threads or _core.cpu_count(),
+            profile=simulator.profile,
+            cost=simulator.cost,
+            sizes=tuple(self.sizes),
+            size=size,
+            ask_needs=lambda placement: self.bound(placement, size, tiers).needed_bytes,
+            ask_simulate=simulate,
+            ask_pass=ask_pass,
+        )
+
+    def ask_policy(self, policy: Any) -> Plan:
+        """The policy's placement with the largest ops that it finds room for."""
+        chosen = sched_policies.get(policy)
+        own_tiers: Callable[[int, int], Sequence[Tier]] | None = getattr(chosen, "tiers", None)
+        tiers = own_tiers(self.wishes.n_ctx, self.wishes.n_seq) if own_tiers else TIERS
+        failure: BudgetError | None = None
+        for size in self.useful_sizes():
+            try:
+                placement = sched_policies.decide(chosen, self.context(size, tiers))
+            except BudgetError as error:
+                failure = error
                 continue
-            taken = self.fill(order, size)
-            if taken:
-                return self.draft(_resident(self.model, taken), size)
-        return None
+            draft = self.draft(placement, size, tiers)
+            needed = self.bound(placement, size, tiers).needed_bytes
+            if needed <= self.wishes.budget_bytes:
+                return draft
+            failure = BudgetError("", needed=needed)
+        raise self.too_small(sched_policies.name_of(policy), failure)
 
-    def all_cpu(self) -> Plan | None:
-        placement = _all(self.model, "cpu", "the budget holds no unit")
-        size = next((size for size in self.sizes if self.fits(placement, size)), None)
-        return None if size is None else self.draft(placement, size)
+    def useful_sizes(self) -> list[int]:
+        """Of ops: those whose scratch leaves most of the budget to weights; the least always."""
+        everything = Placement.everywhere(dict.fromkeys((u.name for u in self.model.units), "vram"))
+        found = []
+        for size in self.sizes[:-1]:
+            core = self.bound(everything, size, TIERS)
+            kinds = core.bytes_by_kind
+            scratch = core.needed_bytes - kinds["weights"] - kinds["kv"]
+            fits = core.needed_bytes <= self.wishes.budget_bytes
+            if fits or scratch * _SCRATCH_SHARE <= self.wishes.budget_bytes:
+                found.append(size)
+        return [*found, self.sizes[-1]]
 
-    def scratch(self, units: Sequence[Unit], size: int) -> int:
-        """What computing on the device takes beside weights and KV."""
-        plan = self.ask(_resident(self.model, units), size)
-        return plan.needed_bytes - plan.bytes_by_kind["weights"] - plan.bytes_by_kind["kv"]
+    def too_small(self, policy: str, failure: BudgetError | None) -> BudgetError:
+        wishes, smallest = self.wishes, self.smallest()
+        needed = failure.needed if failure is not None and failure.needed else smallest
+        what = (
+            f"a budget of {format_bytes(wishes.budget_bytes)} of VRAM is too small for {self.model.name} with n_ctx "
+            f"{wishes.n_ctx} and n_seq {wishes.n_seq}"
+        )
+        least = f"the smallest that works is {smallest} bytes ({format_bytes(smallest)})"
+        if policy != "auto":
+            what += f" under policy {policy}, which needs {format_bytes(needed)}"
+            least = f'with policy "auto" {least}'
+        return BudgetError(
+            f"{what}; {least}", needed=needed, budget=wishes.budget_bytes, smallest=smallest
+        )
 
-    def fill(self, order: Sequence[Unit], size: int) -> list[Unit]:
-        """The longest beginning of `order` that fits, then whatever else finds room behind it."""
-        low, high = 0, len(order)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if self.fits(_resident(self.model, order[:middle]), size):
-                low = middle
-            else:
-                high = middle - 1
-        taken = list(order[:low])
-        if not taken:
-            return []
-        room = self.wishes.budget_bytes - self.needs(_resident(self.model, taken), size)
-        more = [*taken]
-        for unit in order[low:]:
-            n_bytes = unit.n_bytes + unit.kv_bytes_per_tok * self.wishes.n_ctx * self.wishes.n_seq
+    # ---- how fast it will be ----
+
+    def predict(self, draft: Plan, core: _core.Plan, n_prompt: int, n_gen: int) -> dict[str, Any]:
+        """As plain data, with what more budget would buy."""
+        found = self._predict(draft, core, n_prompt, n_gen)
+        data = {key: value for key, value in asdict(found).items() if key != "plan"}
+        more = self._with_more(draft)
+        if more is not None:
+            richer = self._predict(more, self.ask(more), n_prompt, n_gen)
+            data["more"] = {
+                "bytes": _MORE_BYTES,
+                "ttft_s": min(richer.ttft_s, found.ttft_s),
+                "tps": max(richer.tps, found.tps),
+            }
+        return data
+
+    def _predict(self, draft: Plan, core: _core.Plan, n_prompt: int, n_gen: int) -> Prediction:
+        assert self.simulator is not None
+        return self.simulator.predict(
+            self.model,
+            core,
+            n_ctx=draft.n_ctx,
+            n_seq=draft.n_seq,
+            budget_bytes=draft.budget_bytes,
+            n_prompt=n_prompt,
+            n_gen=n_gen,
+        )
+
+    def _with_more(self, draft: Plan) -> Plan | None:
+        """The same with the most valuable of what is not resident, as much as so many more bytes hold."""
+        tables = list({id(units): units for units in draft.places.values()}.values())
+        away = [
+            unit
+            for unit in self.model.units
+            if all(units[unit.name] in ("cpu", "stream") for units in tables)
+        ]
+        room, names = _MORE_BYTES, dict[str, Place]()
+        for unit in sorted(away, key=lambda unit: (unit.kind == "embed", -unit.use)):
+            n_bytes = unit.n_bytes + unit.kv_bytes_per_tok * draft.n_ctx * draft.n_seq
             if n_bytes <= room:
-                more.append(unit)
+                names[unit.name] = "vram"
                 room -= n_bytes
-        # Rounding, or an op that only a later unit brings, can upset the sum: then the sure part has to do.
-        return more if self.fits(_resident(self.model, more), size) else taken
-
-
-def _all(model: Model, place: Place, why: str = "") -> Placement:
-    units = dict.fromkeys((unit.name for unit in model.units), place)
-    return _without_ring(Placement.everywhere(units, dict.fromkeys(units, why) if why else None))
-
-
-def _resident(model: Model, resident: Iterable[Unit]) -> Placement:
-    names = {unit.name for unit in resident}
-    units: dict[str, Place] = {
-        unit.name: "vram" if unit.name in names else "cpu" for unit in model.units
-    }
-    return _without_ring(Placement.everywhere(units))
-
-
-def _without_ring(placement: Placement) -> Placement:
-    return replace(placement, n_slots=0, slot_bytes=0)
-
-
-def _by_value(units: Iterable[Unit]) -> list[Unit]:
-    """Attention and routers first, for they bring the KV cache's traffic along and are needed by every token; then
-    feed-forward layer by layer; the head; and last the token table, of which a pass reads a few rows."""
-    rank = {"attn": 0, "router": 0, "ffn": 1, "expert": 1, "head": 2, "embed": 3}
-    return sorted(
-        units, key=lambda unit: (rank.get(unit.kind, 2), -1 if unit.layer is None else unit.layer)
-    )
+        if not names:
+            return None
+        changed = {id(units): {**units, **names} for units in tables}
+        places = {tier: changed[id(units)] for tier, units in draft.places.items()}
+        return replace(draft, placement=replace(draft.placement, places=places))

@@ -86,13 +86,15 @@ def synth(
     seed: int = 0,
     router_skew: float = 0.0,
     chat_template: bool = True,
+    weights: bool = True,
     threads: int | None = None,
     progress: bool = True,
 ) -> Synthetic:
     """Writes a GGUF file with the shape of a known model (`MODELS`) or of a `Shape`.
 
     `fmt` is a file type as llama.cpp names them (`q4_0`, `q4_k_m`, `mxfp4`, ...; by default the model's
-    usual one); `pure` puts every matrix into its base format. The content follows from the arguments
+    usual one); `pure` puts every matrix into its base format. Without `weights` the file is a header and a
+    hole, enough to plan and simulate with and no disk. The content follows from the arguments
     other than `threads` and `progress`. An existing file is replaced once the new one is whole.
     """
     start = time.monotonic()
@@ -125,7 +127,10 @@ def synth(
                 data_start = _write_metadata(
                     part, shape, file_type.number, plan, seed, chat_template
                 )
-                work.fill(part, data_start, router, progress)
+                if weights:
+                    work.fill(part, data_start, router, progress)
+                else:
+                    os.truncate(part, data_start + sum(_padded(t.n_bytes) for t in plan))
             finally:
                 executor.shutdown(cancel_futures=True)
         os.replace(part, path)
@@ -471,6 +476,9 @@ def add_parser(
         "--router-skew", type=float, default=0.0, metavar="S",
         help="popularity of experts as rank^-S (default 0: uniform)",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-weights", action="store_true", help="a header and a hole, for `pipeshard plan`"
+    )
     parser.add_argument("--threads", type=int, metavar="N")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(run=run)
@@ -486,7 +494,7 @@ def run(args: argparse.Namespace) -> int:
     done = synth(
         shape, args.out or f"{shape.name}.{fmt}.gguf", fmt=fmt, pure=args.pure, layers=args.layers,
         vocab=args.vocab, seed=args.seed, router_skew=args.router_skew, threads=args.threads,
-        progress=not args.quiet,
+        progress=not args.quiet, weights=not args.no_weights,
     )  # fmt: skip
     rate = done.n_bytes / done.seconds / 1e9
     print(

@@ -63,6 +63,7 @@ _BUILT_IN = (
     "paper",
     "layer_split",
     "experts_cpu",
+    "auto",
 )
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _registry: dict[str, Any] = {}
@@ -144,10 +145,11 @@ def get(policy: str | Policy | type | Callable[[PolicyContext], Placement]) -> P
 
 
 def decide(policy: Policy, ctx: PolicyContext) -> Placement:
-    """What the policy says, checked. BudgetError and PlanError pass; others become the cause of a PlanError."""
+    """What the policy says, checked. BudgetError and PlanError pass, and that memory ran out; others become the cause
+    of a PlanError."""
     try:
         placement = policy.place(ctx)
-    except (BudgetError, PlanError):
+    except (BudgetError, PlanError, MemoryError):
         raise
     except Exception as error:
         raise PlanError(

@@ -46,7 +46,9 @@ _PLACES = ("vram", "stream", "cpu")
 class Prediction:
     """Seconds to the first token and tokens a second, with the interval that the cost model's own error gives, and
     what no placement under this budget could beat. `prefill`, `decode`: seconds of that time in which each of h2d,
-    d2h, compute, cpu and hand_off held everything up."""
+    d2h, compute, cpu and hand_off held everything up. For a prompt of `n_prompt` tokens and `n_gen` behind it (where
+    there are several sequences, of all of them), by a `profile` whose `source` is "measured", "datasheet" or
+    "default"."""
 
     ttft_s: float
     ttft_lo: float
@@ -59,6 +61,10 @@ class Prediction:
     plan: Any = None
     prefill: Mapping[str, float] = field(default_factory=dict)
     decode: Mapping[str, float] = field(default_factory=dict)
+    n_prompt: int = 0
+    n_gen: int = 0
+    source: str = ""
+    profile: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +83,8 @@ class Layer:
 @dataclass(frozen=True)
 class PolicyContext:
     """All that a policy may look at. `profile` and `cost` describe the machine; `sizes`: tokens of one op that a
-    placement may ask for, largest first. The two questions are answered by whoever makes the context."""
+    placement may ask for, largest first; `size`: those that it gets if it does not ask. The questions are answered by
+    whoever makes the context."""
 
     units: tuple[Unit, ...]
     tiers: tuple[Tier, ...]
@@ -88,8 +95,12 @@ class PolicyContext:
     profile: Any = None
     cost: Any = None
     sizes: tuple[int, ...] = (2048, 512, 128, 64)
+    size: int = 2048
     ask_needs: Callable[[Placement], int] | None = field(default=None, repr=False, compare=False)
     ask_simulate: Callable[[Placement, int], Prediction] | None = field(
+        default=None, repr=False, compare=False
+    )
+    ask_pass: Callable[[Placement, int], float] | None = field(
         default=None, repr=False, compare=False
     )
 
@@ -109,6 +120,12 @@ class PolicyContext:
                 "this context was made without anyone who knows how fast placements are"
             )
         return self.ask_simulate(placement, n_prompt)
+
+    def pass_seconds(self, placement: Placement, n_tok: int) -> float:
+        """How long one pass of a fresh sequence would take."""
+        if self.ask_pass is None:
+            return self.simulate(placement, n_tok).ttft_s
+        return self.ask_pass(placement, n_tok)
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:

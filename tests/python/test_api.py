@@ -246,13 +246,6 @@ def test_a_device_that_is_not_there(llama: str) -> None:
     assert "install" in str(info.value) or "GPU" in str(info.value)
 
 
-def test_what_a_later_version_brings_is_said(llama: str) -> None:
-    for options in ({"policy": "paper"}, {"profile": "x.json"}):
-        with pytest.raises(ps.UnsupportedError) as info:
-            ps.Engine(llama, **options)  # type: ignore[arg-type]
-        assert info.value.supported
-
-
 @pytest.mark.parametrize(
     ("options", "argument"),
     [

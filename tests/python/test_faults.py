@@ -177,7 +177,9 @@ def test_each_host_allocation_of_opening_refused_once(llama: str, no_fault_left:
     for after in itertools.count():
         _core._heap_fail_after(after)
         try:
-            engine: Any = ps.Engine(llama, device="emu", n_ctx=N_CTX, vram="600KiB", threads=1)
+            engine: Any = ps.Engine(
+                llama, device="emu", n_ctx=N_CTX, vram="600KiB", threads=1, policy="static_attn"
+            )
         except ps.HostMemoryError as error:
             engine = error.with_traceback(None)
         fired = _core._heap_fail_after(-1)

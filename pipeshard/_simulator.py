@@ -1,0 +1,345 @@
+"""How long passes of a plan take, from metadata alone: lowered to ticks, each tick priced by a cost model, and the
+longest way through them. Weights are never read, and no device is opened.
+
+Not here: durations of single ops (cost.py), which placement (sched_policies). Threads: a Simulator belongs to one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from . import _core
+from ._profile import ANY_OP, Profile, default_profile
+from .cost import CostModel, Fit, Shape, Where, fit
+from .emu import EmuDevice
+from .model import Model
+from .sched_policies.base import Prediction
+
+__all__ = ["GRAPH_TOK", "PassTime", "Simulator", "as_profile", "machine_profile"]
+
+GRAPH_TOK = 16  # passes of at most as many tokens run as graphs
+# What a prediction may be off by, at least, whatever the samples say of themselves.
+_LEAST_ERROR = {"measured": 0.08, "datasheet": 0.35, "default": 0.5}
+_EMU_ERROR = 0.02
+_LARGE = 1 << 28  # bytes and FLOPs by which a model without a roof is asked for its rates
+_PROBE = Shape(None, 1, 1 << 26, 1 << 25)  # by which it is asked how things slow each other down
+
+
+@dataclass(frozen=True, slots=True)
+class PassTime:
+    """Of one pass. `held`: seconds of it in which each of h2d, d2h, compute, cpu and hand_off held everything up; they
+    sum to `seconds`. `busy`: seconds in which each stream worked. `flops`: of all ops."""
+
+    seconds: float
+    held: Mapping[str, float]
+    busy: Mapping[str, float]
+    flops: int
+
+
+@cache
+def _names() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str | None, ...]]:
+    return _core.Plan.tick_names()
+
+
+class Simulator:
+    """Prices passes of any plan on one machine."""
+
+    def __init__(self, profile: Profile, *, threads: int = 0, cost: Fit = fit) -> None:
+        self.profile = profile
+        self.cost: CostModel = cost(profile.samples, threads)
+        self.is_virtual = profile.machine.get("device") == "emu"
+
+    @property
+    def error(self) -> float:
+        """Half of the interval around predictions, relative."""
+        if self.is_virtual:
+            return _EMU_ERROR
+        return max(self.cost.error, _LEAST_ERROR.get(self.profile.source, 0.5))
+
+    # ---- one pass ----
+
+    def run_pass(
+        self, core: _core.Plan, n_tok: int, *, n_out: int = 1, first: int = 0, n_kv: int = 0
+    ) -> PassTime:
+        """n_tok tokens behind `first` others; n_kv: keys in all where they are of several sequences."""
+        max_kv = n_kv or first + n_tok
+        ticks = core.ticks(n_tok, n_out, max_kv, first)
+        graph = n_tok <= GRAPH_TOK
+        seconds = self._price(
+            ticks, graph, 1.0 if self.is_virtual else self._fill(core, n_tok, max_kv)
+        )
+        span = self._makespan(core, (n_tok, n_out, max_kv, first), seconds)
+        slower = self._contended(ticks, seconds, span)
+        if slower is not None:
+            span = self._makespan(core, (n_tok, n_out, max_kv, first), slower)
+        return self._finish(ticks, span, graph)
+
+    @staticmethod
+    def _fill(core: _core.Plan, n_tok: int, max_kv: int) -> float:
+        """Of the keys that a small pass is lowered for, so that it serves others too, the share that is there."""
+        if n_tok > GRAPH_TOK:
+            return 1.0
+        bucket = 256
+        while bucket < max_kv:
+            bucket *= 2
+        return max_kv / bucket
+
+    @staticmethod
+    def _makespan(
+        core: _core.Plan, which: tuple[int, int, int, int], seconds: npt.NDArray[np.float64]
+    ) -> dict[str, Any]:
+        n_tok, n_out, max_kv, first = which
+        ns = (seconds * 1e9 + 0.5).astype(np.uint64)
+        return core.makespan(n_tok, n_out, max_kv, ns, first)
+
+    def _price(
+        self, ticks: npt.NDArray[np.void], graph: bool, fill: float
+    ) -> npt.NDArray[np.float64]:
+        """Seconds of each tick with nothing beside it. Most ticks of a pass are alike, so few are asked about."""
+        alike = np.zeros(len(ticks), np.uint64)
+        for name in (
+            "kind",
+            "stream",
+            "op",
+            "fmt",
+            "n_tok",
+            "flops",
+            "bytes",
+            "bus_bytes",
+            "n_bytes",
+        ):
+            # a hash; what is equal stays equal, and 64 bits keep a few thousand others apart
+            alike = alike * np.uint64(0x9E3779B97F4A7C15) + ticks[name].astype(np.uint64)
+            alike ^= alike >> np.uint64(29)
+        _, where, which = np.unique(alike, return_index=True, return_inverse=True)
+        prices = np.array([self._seconds(ticks[i], graph, fill) for i in where])
+        return prices[which]
+
+    def _seconds(self, tick: Any, graph: bool, fill: float) -> float:
+        kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied = tick.item()
+        kinds, streams, ops, formats = _names()
+        what = kinds[kind]
+        if what == "copy_in" or what == "copy_out":
+            place: Where = "h2d" if what == "copy_in" else "d2h"
+            return self.cost.seconds("copy", Shape(bytes=n_copied), place)
+        if what == "flag_wait":
+            return self.cost.seconds("flag", Shape(), "fixed")
+        if what != "run":
+            return 0.0
+        name = ops[op]
+        if name == "attn" and fill < 1.0:
+            flops, n_bytes, bus_bytes = (int(n * fill) for n in (flops, n_bytes, bus_bytes))
+        shape = Shape(formats[fmt] if fmt >= 0 else None, n_tok, flops, n_bytes - bus_bytes)
+        if streams[stream] == "cpu":
+            return self.cost.seconds(name, shape, "cpu")
+        node = self.cost.seconds("graph_node", Shape(), "fixed") if graph else 0.0
+        near = self.cost.seconds(name, shape, "vram")
+        if bus_bytes:  # what the GPU reads from host memory itself, while it reads what is near
+            start = self.cost.seconds(name, shape._replace(flops=0, bytes=0), "vram")
+            near = max(near, start + self.cost.seconds("gather", Shape(bytes=bus_bytes), "h2d"))
+        return near + node
+
+    def _contended(
+        self,
+        ticks: npt.NDArray[np.void],
+        seconds: npt.NDArray[np.float64],
+        span: Mapping[str, Any],
+    ) -> npt.NDArray[np.float64] | None:
+        """Seconds of each tick beside what else ran in that first walk: the bus and the CPU share the host's memory,
+        and a hand-off takes longer over a busy bus. None: nothing changes."""
+        streams = _names()[1]
+        busy, both = span["busy_ns"], span["cpu_h2d_ns"]
+        factors = np.ones(len(streams))
+        for stream, load in (("cpu", "h2d"), ("h2d", "cpu")):
+            place: Where = "cpu" if stream == "cpu" else "h2d"
+            share = both / busy[stream] if busy[stream] else 0.0
+            op = "copy" if place == "h2d" else "matmul"
+            alone, beside = (self.cost.seconds(op, _PROBE, place, how) for how in ("idle", load))
+            if alone > 0 and beside > alone:
+                factors[streams.index(stream)] += share * (beside / alone - 1.0)
+        flag, slow_flag = (
+            self.cost.seconds("flag", Shape(), "fixed", load) for load in ("idle", "h2d")
+        )
+        bus_share = min(1.0, busy["h2d"] / max(1, span["total_ns"]))
+        flag_more = bus_share * (slow_flag / flag - 1.0) if slow_flag > flag > 0 else 0.0
+        if factors.max() == 1.0 and flag_more == 0.0:
+            return None
+        slower: npt.NDArray[np.float64] = seconds * factors[ticks["stream"]]
+        waits = ticks["kind"] == _names()[0].index("flag_wait")
+        slower[waits] = seconds[waits] * (1.0 + flag_more)
+        return slower
+
+    def _finish(
+        self, ticks: npt.NDArray[np.void], span: Mapping[str, Any], graph: bool
+    ) -> PassTime:
+        """Adds what the host takes to issue a pass: behind which everything waits where that is longer."""
+        held = {name: ns * 1e-9 for name, ns in span["critical_ns"].items() if name != "sync"}
+        held["hand_off"] = span["critical_ns"]["sync"] * 1e-9 + self.cost.seconds(
+            "pass", Shape(), "fixed"
+        )
+        kinds, streams = _names()[:2]
+        on_cpu = ticks["stream"] == streams.index("cpu")
+        if not graph:
+            n_runs = int(((ticks["kind"] == kinds.index("run")) & ~on_cpu).sum())
+            n_copies = int((ticks["kind"] <= kinds.index("copy_out")).sum())
+            issue = n_runs * self.cost.seconds("launch", Shape(), "fixed")
+            issue += n_copies * self.cost.seconds("copy", Shape(), "fixed")
+            held["hand_off"] += max(0.0, issue - span["total_ns"] * 1e-9)
+        busy = {name: ns * 1e-9 for name, ns in span["busy_ns"].items()}
+        return PassTime(sum(held.values()), held, busy, int(ticks["flops"].sum()))
+
+    # ---- a prompt and an answer ----
+
+    def run(
+        self,
+        core: _core.Plan,
+        *,
+        n_ctx: int,
+        n_prompt: int,
+        n_gen: int,
+        n_seq: int = 1,
+        first: int = 0,
+    ) -> tuple[PassTime, PassTime]:
+        """The prompt's passes in one, and a decode pass at the depth of the middle of the answer. first: tokens of the
+        prompt that are cached."""
+        n_rest = max(1, min(n_prompt, n_ctx) - first)
+        prompt = self._prompt(core, n_rest, first)
+        depth = min(n_ctx, n_prompt + max(1, n_gen // 2))
+        decode = self.run_pass(core, n_seq, n_out=n_seq, first=max(0, depth - n_seq), n_kv=depth)
+        return prompt, decode
+
+    def _prompt(self, core: _core.Plan, n_rest: int, first: int) -> PassTime:
+        """As the engine cuts it: passes of one size."""
+        pass_tok = core.sizes[1]
+        step = -(-n_rest // -(-n_rest // pass_tok))
+        parts = [
+            self.run_pass(core, min(step, n_rest - done), first=first + done)
+            for done in range(0, n_rest, step)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return PassTime(
+            sum(part.seconds for part in parts),
+            {name: sum(part.held[name] for part in parts) for name in parts[0].held},
+            {name: sum(part.busy[name] for part in parts) for name in parts[0].busy},
+            sum(part.flops for part in parts),
+        )
+
+    # ---- rates ----
+
+    def rates(self, place: Where) -> tuple[float, float]:
+        """Bytes and FLOPs a second that nothing on that side beats; of a bus bytes only."""
+        roof = getattr(self.cost, "roof", None)
+        if roof is not None:
+            found: tuple[float, float] = roof(place)
+            return found
+        if place in ("h2d", "d2h"):
+            return _LARGE / max(1e-12, self.cost.seconds("copy", Shape(bytes=_LARGE), place)), 0.0
+        move = self.cost.seconds(ANY_OP, Shape(None, 1, 0, _LARGE), place)
+        math_s = self.cost.seconds(ANY_OP, Shape(None, 1024, _LARGE, 0), place)
+        return _LARGE / max(1e-12, move), _LARGE / max(1e-12, math_s)
+
+    def bounds(
+        self,
+        model: Model,
+        budget_bytes: int,
+        prompt: tuple[int, PassTime],
+        decode: tuple[int, PassTime],
+    ) -> tuple[float, float]:
+        """(TTFT, TPS) that no placement under the budget beats: what is needed and does not fit crosses the bus or is
+        read by the CPU, both at once at their measured rates; what fits is read by the GPU; FLOPs are done by both."""
+        h2d, (vram, gpu), (dram, cpu) = self.rates("h2d")[0], self.rates("vram"), self.rates("cpu")
+        fixed = self.cost.seconds("pass", Shape(), "fixed")
+
+        def bound(n_tok: int, flops: int) -> float:
+            near, far = _touched(model, budget_bytes, n_tok)
+            # The CPU's share of a prompt is limited by what it can compute.
+            slow = min(dram, cpu * (near + far) / max(1, flops))
+            return fixed + max(far / (h2d + slow), near / vram, flops / (gpu + cpu))
+
+        return bound(prompt[0], prompt[1].flops), decode[0] / bound(decode[0], decode[1].flops)
+
+    def predict(
+        self,
+        model: Model,
+        core: _core.Plan,
+        *,
+        n_ctx: int,
+        n_seq: int = 1,
+        budget_bytes: int | None = None,
+        n_prompt: int = 1024,
+        n_gen: int = 128,
+        plan: Any = None,
+    ) -> Prediction:
+        n_prompt = min(n_prompt, n_ctx)
+        prompt, decode = self.run(core, n_ctx=n_ctx, n_prompt=n_prompt, n_gen=n_gen, n_seq=n_seq)
+        ttft, tps, error = prompt.seconds, n_seq / decode.seconds, self.error
+        bound_ttft, bound_tps = 0.0, math.inf
+        if budget_bytes is not None:
+            bound_ttft, bound_tps = self.bounds(
+                model, budget_bytes, (n_prompt, prompt), (n_seq, decode)
+            )
+        return Prediction(
+            ttft_s=ttft,
+            ttft_lo=ttft / (1 + error),
+            ttft_hi=ttft * (1 + error),
+            tps=tps,
+            tps_lo=tps / (1 + error),
+            tps_hi=tps * (1 + error),
+            bound_ttft_s=bound_ttft,
+            bound_tps=bound_tps,
+            plan=plan,
+            prefill=prompt.held,
+            decode=decode.held,
+            n_prompt=n_prompt,
+            n_gen=n_gen,
+            source=self.profile.source,
+            profile=self.profile.title,
+        )
+
+
+def _touched(model: Model, budget_bytes: int, n_tok: int) -> tuple[float, float]:
+    """Bytes of weights that a pass of n_tok needs: those that could lie in VRAM, and the others. Of the token table
+    only rows are read."""
+    groups: dict[float, int] = {}
+    for unit in model.units:
+        if unit.kind != "embed":
+            groups[unit.use] = groups.get(unit.use, 0) + unit.n_bytes
+    near = far = 0.0
+    room = float(budget_bytes)
+    for use, n_bytes in sorted(groups.items(), reverse=True):
+        share = min(1.0, room / n_bytes) if n_bytes else 0.0
+        touched = (1.0 - (1.0 - use) ** n_tok) * n_bytes
+        near += share * touched
+        far += (1.0 - share) * touched
+        room -= share * n_bytes
+    return near, far
+
+
+# ---- which profile ----
+
+
+def as_profile(profile: object) -> Profile | None:
+    """What a caller gave: a Profile, its file, the name of one that comes with pipeshard, or None."""
+    if profile is None or isinstance(profile, Profile):
+        return profile
+    if isinstance(profile, (str, os.PathLike)):
+        return Profile.load(Path(profile))
+    raise TypeError(f"profile must be a Profile or its file, not {type(profile).__name__}")
+
+
+def machine_profile(device: str, emu: EmuDevice | None = None) -> Profile:
+    """What is known of the machine that plans are made for when nobody says: of an emulated GPU, its clock's rates; of
+    others modest ones, until they are measured."""
+    if device == "emu":
+        return default_profile("emu", emu.profile if emu is not None else None)
+    return default_profile(device)

@@ -1,0 +1,434 @@
+"""`auto`: what is predicted to answer soonest, over a prompt of 1,024 tokens and 128 tokens behind it.
+
+What fits is resident. Else the units that save most seconds a byte are: attention with its KV, which every token needs,
+then feed-forward and head, then experts, of which a token needs few; the token table last, for only rows of it are
+read. The rest is shared by the bus and the CPU, which both work at once: of each class of passes a share of the
+remaining units streams, spread evenly over the layers, and the CPU computes the others meanwhile. Which share follows
+from how long both sides take for a unit at that many tokens; that share, none and all of them are simulated for every
+class, so where streaming begins to pay is the cost model's to say.
+
+Then sizes are tried one by one, each against the best so far: of the ring, of the ops, KV in host memory, experts
+spread over all layers or whole layers of them. Last come the placements of the policies to compare with, so that by
+prediction `auto` is never worse than any of them. The CPU gets everything only where no other placement fits.
+
+Threads: pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from ..cost import Shape
+from ..errors import BudgetError
+from . import register
+from .base import Place, Placement, PolicyContext, Tier, Unit, same_in_all
+from .experts_cpu import ExpertsCpu
+from .full_gpu_no_output import FullGpuNoOutput
+from .full_shard import FullShard
+from .layer_split import LayerSplit
+from .shard_attn import ShardAttn
+from .static_attn import StaticAttn
+
+N_PROMPT, N_GEN = 1024, 128
+_OTHERS = (FullGpuNoOutput, StaticAttn, ShardAttn, FullShard, LayerSplit, ExpertsCpu)
+_ALIGN = 256
+_SLOT_BYTES = 32 << 20
+_LEAST_SLOT = 256 << 10
+_UNUSED_SECONDS = 200e-6  # a token, that an empty VRAM counts as
+_SNAP = 0.06  # a share this near to none or all of it is that
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What a candidate is made from. share: of what is not resident, what streams, by tier; ring: in units of the
+    largest part of a layer that streams; spread: experts of all layers alike rather than layer by layer."""
+
+    share: Mapping[str, float]
+    ring: float = 0.5
+    size: int = 0
+    kv_host: bool = False
+    spread: bool = False
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Units that are placed alike: a layer's attention with its router, its feed-forward, its experts, of which the
+    first so many can be resident; or one that is in no layer. A model of 12,000 units has 200 of them."""
+
+    kind: str
+    names: tuple[str, ...]
+    n_bytes: int  # of each experts; of the others of all
+    kv_bytes: int
+    value: float
+    largest: int  # unit
+
+    @property
+    def n(self) -> int:
+        return len(self.names) if self.kind == "expert" else 1
+
+    def split(self, n_resident: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of what is resident, and of what is not."""
+        if self.kind != "expert":
+            return (self.names, ()) if n_resident else ((), self.names)
+        return self.names[:n_resident], self.names[n_resident:]
+
+    def far_bytes(self, n_resident: int) -> int:
+        return (self.n - n_resident) * self.n_bytes
+
+
+@dataclass
+class _Search:
+    """The candidates of one context, and the best so far."""
+
+    ctx: PolicyContext
+    best: Placement | None = None
+    best_seconds: float = float("inf")
+    settings: _Settings = field(default_factory=lambda: _Settings({}))
+    _base: dict[tuple[object, ...], int] = field(default_factory=dict)
+
+    @cached_property
+    def groups(self) -> list[_Group]:
+        """In the order of the model."""
+        ctx = self.ctx
+        found = [self._group("layer", layer.attn) for layer in ctx.layers]
+        found += [self._group(layer.ffn[0].kind, layer.ffn) for layer in ctx.layers if layer.ffn]
+        return found + [self._group(unit.kind, (unit,)) for unit in ctx.outer]
+
+    def _group(self, kind: str, units: tuple[Unit, ...]) -> _Group:
+        kv = sum(unit.kv_bytes_per_tok for unit in units) * self.ctx.n_ctx * self.ctx.n_seq
+        total = sum(_aligned(unit.n_bytes) for unit in units)
+        largest = max((_aligned(unit.n_bytes) for unit in units), default=0)
+        return _Group(
+            kind=kind,
+            names=tuple(unit.name for unit in units),
+            n_bytes=largest if kind == "expert" else total,
+            kv_bytes=_aligned(kv),
+            value=self._value(kind, units[0]) if units else 0.0,
+            largest=largest,
+        )
+
+    def _value(self, kind: str, unit: Unit) -> float:
+        """Seconds that a byte saves over prompt and answer, roughly: enough for an order."""
+        if kind == "embed":
+            return 0.0
+        cpu, bus = _seconds_a_byte(self.ctx, unit, 1), _bus_seconds_a_byte(self.ctx)
+        if kind == "head":  # a prompt asks for one row of it
+            return (N_GEN + 1) * cpu
+        saved = N_GEN * cpu + min(bus, _seconds_a_byte(self.ctx, unit, N_PROMPT))
+        return saved * 1.5 if kind == "layer" else saved  # a hand-off less, and KV where it is used
+
+    # ---- what is resident ----
+
+    def fill(self, room: int, settings: _Settings) -> list[int]:
+        """How many units of each group, the most valuable bytes first, as far as the room goes."""
+        counts = [0] * len(self.groups)
+        by_value = sorted(range(len(self.groups)), key=lambda i: -self.groups[i].value)
+        experts = [i for i in by_value if self.groups[i].kind == "expert"]
+        for i in by_value:
+            group = self.groups[i]
+            each = self.resident_bytes(group, settings)
+            if group.kind == "expert" and settings.spread:
+                if i == experts[0]:
+                    room -= self._spread(room, counts, experts)
+                continue
+            counts[i] = min(group.n, room // each if each else group.n)
+            room -= counts[i] * each
+        return counts
+
+    def _spread(self, room: int, counts: list[int], experts: list[int]) -> int:
+        """Level by level; returns the bytes that this took."""
+        used = 0
+        for level in range(max(self.groups[i].n for i in experts)):
+            for i in experts:
+                group = self.groups[i]
+                if counts[i] <= level < group.n and used + group.n_bytes <= room:
+                    counts[i] += 1
+                    used += group.n_bytes
+        return used
+
+    def resident_bytes(self, group: _Group, settings: _Settings) -> int:
+        return group.n_bytes + (0 if settings.kv_host else group.kv_bytes)
+
+    # ---- a candidate ----
+
+    def placement(self, counts: list[int], settings: _Settings) -> Placement:
+        """counts: of each group, what is resident; the rest in turn on bus and CPU, as the share says."""
+        ctx = self.ctx
+        near: list[str] = []
+        far: list[tuple[_Group, tuple[str, ...], int]] = []
+        for group, n in zip(self.groups, counts, strict=True):
+            resident, rest = group.split(n)
+            near += resident
+            if rest:
+                far.append((group, rest, group.far_bytes(n)))
+        decode = settings.share.get(ctx.tiers[0].name, 0.0)
+        made: dict[float, tuple[dict[str, Place], int, int]] = {}
+        for share in {settings.share.get(tier.name, 0.0) for tier in ctx.tiers}:
+            made[share] = _shared(far, share, decode >= 1.0)
+            made[share][0].update(dict.fromkeys(near, "vram"))
+        lump = max((lump for _, lump, _ in made.values()), default=0)
+        largest = max((largest for _, _, largest in made.values()), default=0)
+        n_slots, slot_bytes = _ring(lump, largest, settings.ring)
+        return Placement(
+            places={t.name: made[settings.share.get(t.name, 0.0)][0] for t in ctx.tiers},
+            kv_vram_tok={layer.index: 0 for layer in ctx.layers} if settings.kv_host else None,
+            n_slots=n_slots,
+            slot_bytes=slot_bytes,
+            chunk_tok=settings.size,
+        )
+
+    def base_bytes(self, settings: _Settings) -> int:
+        """What a candidate takes beside residents and ring."""
+        key = (tuple(sorted(settings.share.items())), settings.size, settings.kv_host)
+        if key not in self._base:
+            empty = self.placement([0] * len(self.groups), settings)
+            # With attention on the GPU in every class of passes its KV is there too, resident or not.
+            self._base[key] = self.ctx.needs(empty) - empty.n_slots * empty.slot_bytes
+        return self._base[key]
+
+    def build(self, settings: _Settings) -> Placement | None:
+        """The placement with as many residents as fit; None where not even none do."""
+        return self.build_counts(settings)[0]
+
+    def build_counts(self, settings: _Settings) -> tuple[Placement | None, list[int]]:
+        budget = self.ctx.budget_bytes
+        nothing = [0] * len(self.groups)
+        empty = self.placement(nothing, settings)
+        other = self.base_bytes(settings) + empty.n_slots * empty.slot_bytes
+        best: tuple[Placement | None, list[int]] = (None, nothing)
+        most = -1
+        # Ring and scratch depend a little on what is resident, so what is beside residents is looked at again.
+        for _ in range(4):
+            counts = self.fill(max(0, budget - other), settings)
+            placement = self.placement(counts, settings)
+            resident = sum(
+                n * self.resident_bytes(group, settings)
+                for group, n in zip(self.groups, counts, strict=True)
+            )
+            needed = self.ctx.needs(placement)
+            if needed <= budget and resident > most:
+                best, most = (placement, counts), resident
+            settled = needed - resident == other
+            other = needed - resident
+            if settled or (needed <= budget and budget - needed < budget // 64):
+                break
+        return best
+
+    # ---- choosing ----
+
+    def seconds(self, placement: Placement) -> float:
+        """The objective. A placement that leaves VRAM unused is worth it only if that gains something: latencies of so
+        little are not known any better, and the budget was given to be used."""
+        run = self.ctx.simulate(placement, min(N_PROMPT, self.ctx.n_ctx))
+        places = placement.places[self.ctx.tiers[0].name]
+        near = sum(unit.n_bytes for unit in self.ctx.units if places[unit.name] == "vram")
+        unused = 1.0 - near / max(1, self.total)
+        return run.ttft_s + N_GEN * (self.ctx.n_seq / run.tps + _UNUSED_SECONDS * unused)
+
+    @cached_property
+    def total(self) -> int:
+        return sum(unit.n_bytes for unit in self.ctx.units)
+
+    def offer(self, placement: Placement | None, settings: _Settings | None = None) -> bool:
+        if placement is None:
+            return False
+        seconds = self.seconds(placement)
+        if seconds >= self.best_seconds:
+            return False
+        self.best, self.best_seconds = placement, seconds
+        if settings is not None:
+            self.settings = settings
+        return True
+
+    def try_settings(self, settings: _Settings) -> bool:
+        return self.offer(self.build(settings), settings)
+
+    def choose_shares(self, base: _Settings) -> None:
+        """For each class of passes the share that makes its own passes shortest, everything else being equal."""
+        ctx = self.ctx
+        start, counts = self.build_counts(base)
+        if start is None:
+            return
+        found: dict[str, tuple[float, float]] = {}
+        half = {name: share / 2 for name, share in base.share.items()}
+        options = [base.share, half, *(dict.fromkeys(base.share, s) for s in (0.0, 1.0))]
+        for shares in options:
+            made = self.placement(counts, replace(base, share=shares))
+            for tier in ctx.tiers:
+                seconds = ctx.pass_seconds(made, _typical(ctx, tier))
+                if tier.name not in found or seconds < found[tier.name][0]:
+                    found[tier.name] = (seconds, shares[tier.name])
+        if found:
+            shares = {name: share for name, (_, share) in found.items()}
+            self.try_settings(replace(base, share=shares))
+
+    def variations(self) -> Iterator[Callable[[_Settings], _Settings]]:
+        """One thing changed at a time."""
+        for ring in (1.25, 2.0, 3.0):
+            yield lambda s, ring=ring: replace(s, ring=ring)  # type: ignore[misc]
+        at = self.ctx.sizes.index(self.ctx.size)
+        for size in [*self.ctx.sizes[:at], *self.ctx.sizes[at + 1 : at + 2]]:
+            yield lambda s, size=size: replace(s, size=size)  # type: ignore[misc]
+        if any(unit.kv_bytes_per_tok for unit in self.ctx.units):
+            yield lambda s: replace(s, kv_host=True)
+        if self.ctx.has_experts:
+            yield lambda s: replace(s, spread=not s.spread)
+
+
+@register
+class Auto:
+    name = "auto"
+
+    def place(self, ctx: PolicyContext) -> Placement:
+        everything = same_in_all(ctx, dict.fromkeys((u.name for u in ctx.units), "vram"))
+        if ctx.fits(everything):
+            return replace(
+                everything, why=dict.fromkeys((u.name for u in ctx.units), "everything fits")
+            )
+        search = _Search(ctx)
+        share = {tier.name: _balance(ctx, _typical(ctx, tier)) for tier in ctx.tiers}
+        balanced = _Settings(share, size=ctx.size)
+        search.try_settings(balanced)
+        search.try_settings(replace(balanced, share=dict.fromkeys(share, 0.0)))
+        search.choose_shares(balanced)
+        for change in search.variations():
+            changed = change(search.settings)
+            if changed != search.settings:
+                search.try_settings(changed)
+        for placement in self._others(ctx):
+            search.offer(placement)
+        if search.best is None:
+            search.offer(_all_cpu(ctx))
+        if search.best is None:
+            raise BudgetError("no placement fits")
+        return replace(search.best, why=_reasons(ctx, search.best))
+
+    def _others(self, ctx: PolicyContext) -> Iterator[Placement]:
+        for policy in _OTHERS:
+            try:
+                yield policy().place(ctx)
+            except BudgetError:
+                continue
+
+
+# ---- parts of a candidate ----
+
+
+def _shared(
+    far: list[tuple[_Group, tuple[str, ...], int]], share: float, head_streams: bool
+) -> tuple[dict[str, Place], int, int]:
+    """Places of what is not resident; the bytes of the largest part of a layer that streams, and of its largest unit
+    where that is an expert, which travels whole."""
+    places: dict[str, Place] = {}
+    owed, lump, largest = 0.0, 0, 0
+    for group, names, n_bytes in far:
+        n = 0  # of the names that stream
+        if group.kind == "head":  # one row is asked for, whatever the pass
+            n = len(names) if head_streams else 0
+        elif group.kind == "expert":  # both sides of a layer work at once
+            owed += share * len(names)
+            n = min(len(names), int(owed + 0.5))
+            owed -= n
+            n_bytes = n * group.n_bytes
+            largest = max(largest, group.largest if n else 0)
+        elif group.kind != "embed":  # its rows are looked up where they lie
+            owed += share
+            n = len(names) if owed >= 0.5 else 0
+            owed -= 1.0 if n else 0.0
+        places.update(dict.fromkeys(names[:n], "stream"))
+        places.update(dict.fromkeys(names[n:], "cpu"))
+        if n:
+            lump = max(lump, n_bytes)
+    return places, lump, largest
+
+
+def _ring(lump: int, expert: int, factor: float) -> tuple[int, int]:
+    """Slots and their size."""
+    if lump == 0:
+        return 0, 0
+    wanted = max(int(factor * lump), 4 * expert)
+    n_slots = max(4, -(-wanted // _SLOT_BYTES))
+    return n_slots, max(_aligned(-(-wanted // n_slots)), _LEAST_SLOT, expert)
+
+
+# ---- estimates ----
+
+
+def _aligned(n_bytes: int) -> int:
+    return -(-n_bytes // _ALIGN) * _ALIGN
+
+
+def _typical(ctx: PolicyContext, tier: Tier) -> int:
+    """Tokens of a pass that stands for the tier: its largest, of the last one a prompt."""
+    return max(ctx.n_seq if tier is ctx.tiers[0] else 1, min(tier.max_tok or N_PROMPT, ctx.n_ctx))
+
+
+def _seconds_a_byte(ctx: PolicyContext, unit: Unit, n_tok: int) -> float:
+    """Of the CPU, for a pass of n_tok, over all bytes of such units whether they are needed or not."""
+    touched = 1.0 - (1.0 - unit.use) ** n_tok
+    rows = max(1.0, n_tok * unit.use)
+    # Of a large piece, for a layer's units are one op. Four bits and more a weight: two FLOPs each a row. Formats are
+    # not told apart here; the simulation does.
+    shape = Shape(None, max(1, int(rows)), int(3 * rows * _SLOT_BYTES), _SLOT_BYTES)
+    seconds = float(ctx.cost.seconds("matmul", shape, "cpu", "h2d"))
+    return touched * seconds / _SLOT_BYTES
+
+
+def _bus_seconds_a_byte(ctx: PolicyContext) -> float:
+    return float(ctx.cost.seconds("copy", Shape(bytes=_SLOT_BYTES), "h2d", "cpu")) / _SLOT_BYTES
+
+
+def _balance(ctx: PolicyContext, n_tok: int) -> float:
+    """The share that streams while the CPU computes the rest, so that both end at once."""
+    largest = max(
+        (u for u in ctx.units if u.kind in ("ffn", "expert")),
+        key=lambda unit: unit.n_bytes,
+        default=None,
+    )
+    if largest is None:
+        return 0.0
+    cpu, bus = _seconds_a_byte(ctx, largest, n_tok), _bus_seconds_a_byte(ctx)
+    if 2 * n_tok * largest.use <= 1.0:  # then the GPU reads only what was routed, where it lies
+        bus *= 1.0 - (1.0 - largest.use) ** n_tok
+    share = cpu / (cpu + bus) if cpu + bus > 0 else 0.0
+    return 0.0 if share < _SNAP else 1.0 if share > 1.0 - _SNAP else round(share, 3)
+
+
+def _all_cpu(ctx: PolicyContext) -> Placement | None:
+    """The least demanding placement, with the largest ops that fit."""
+    for size in ctx.sizes:
+        places: dict[str, Place] = dict.fromkeys((unit.name for unit in ctx.units), "cpu")
+        placement = replace(same_in_all(ctx, places), chunk_tok=size, pass_tok=size)
+        if ctx.fits(placement):
+            return placement
+    return None
+
+
+def _reasons(ctx: PolicyContext, placement: Placement) -> dict[str, str]:
+    """Of each unit, where the others of its kind went and why."""
+    why: dict[str, str] = {}
+    names: dict[tuple[str, ...], str] = {}
+    tables = [placement.places[tier.name] for tier in ctx.tiers]
+    for unit in ctx.units:
+        places = tuple(str(table[unit.name]) for table in tables)
+        key = (unit.kind, *places)
+        if key not in names:
+            names[key] = _reason(ctx, unit, places)
+        why[unit.name] = names[key]
+    return why
+
+
+def _reason(ctx: PolicyContext, unit: Unit, places: tuple[str, ...]) -> str:
+    if places[0] == "vram":
+        return "every token needs it" if unit.use >= 1.0 else "saves most of what is left"
+    if unit.kind == "embed":
+        return "only rows of it are read"
+    first = next((i for i, place in enumerate(places) if place == "stream"), None)
+    if first is None:
+        return "no room; the CPU is at it while the GPU works" if unit.use < 1.0 else "no room"
+    if first == 0:
+        return "no room; the bus brings it while the CPU computes others"
+    below = ctx.tiers[first - 1].max_tok
+    return f"no room; streams in passes of more than {below} tokens"

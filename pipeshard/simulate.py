@@ -1,0 +1,121 @@
+"""`simulate`: TTFT and TPS of a model on a machine that need not be there, under one budget or a list of them.
+
+    for run in ps.simulate("model.gguf", vram=["4GiB", "6GiB"], profile="rtx4060-laptop-datasheet.json"):
+        print(run.ttft_s, run.tps, run.source)
+
+Weights are never read and no device is opened, so a file's header is enough. A figure is worth what its profile is:
+`source` says whether that was measured, comes from data sheets, or is nobody's.
+
+Not here: durations (_simulator.py), placements (sched_policies). Threads: pure functions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+from . import _core
+from ._profile import Profile
+from ._simulator import Simulator, as_profile, machine_profile
+from .cost import Fit, fit
+from .emu import EmuDevice
+from .errors import RequestError
+from .generate import check_int
+from .model import Model
+from .plan import Plan
+from .planner import Machine, Wishes, make_plan
+from .sched_policies import Prediction
+from .sizes import parse_size
+
+__all__ = ["machine_of", "simulate"]
+
+_GRAPH_RESERVE_BYTES = 32 << 20  # as engines keep it on CUDA
+_MAX_CTX = 1 << 27
+
+Size = int | str
+
+
+def simulate(
+    model: str | os.PathLike[str] | Model,
+    *,
+    vram: Size | Sequence[Size],
+    profile: Profile | EmuDevice | str | os.PathLike[str] | None = None,
+    policy: Any = "auto",
+    n_ctx: int = 4096,
+    n_prompt: int = 1024,
+    n_gen: int = 128,
+    threads: int | None = None,
+    n_seq: int = 1,
+    kv: Literal["f16", "q8_0"] = "f16",
+    cost: Fit = fit,
+) -> Any:
+    """What an engine with these arguments is predicted to take for a prompt of n_prompt tokens and n_gen behind it: a
+    Prediction, or of a list of budgets a list of them.
+
+    profile: one, its file, or the name of one that comes with pipeshard; an EmuDevice stands for its clock; None: what
+    is known of this machine (of its GPU, else of the emulated one). cost: makes the cost model from the profile's
+    samples and the number of threads."""
+    budgets = _budgets(vram)
+    opened = model if isinstance(model, Model) else Model(model)
+    known = _profile_of(profile)
+    n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
+    sizes = {
+        "n_prompt": check_int("n_prompt", n_prompt, 1, _MAX_CTX),
+        "n_gen": check_int("n_gen", n_gen, 1, _MAX_CTX),
+    }
+    n_ctx = check_int("n_ctx", n_ctx, 0, _MAX_CTX) or min(opened.n_ctx_train, _MAX_CTX)
+    if n_prompt >= n_ctx:
+        raise RequestError(
+            f"a prompt of {n_prompt} tokens does not fit a context of {n_ctx}; give a larger n_ctx",
+            argument="n_prompt",
+        )
+    simulator = Simulator(known, threads=n_threads, cost=cost)
+    found = []
+    for budget in budgets:
+        wishes = Wishes(budget, n_ctx, check_int("n_seq", n_seq, 1, 4096), kv)
+        plan, _ = make_plan(
+            opened,
+            machine_of(known),
+            wishes,
+            policy=policy,
+            simulator=simulator,
+            threads=n_threads,
+            **sizes,
+        )
+        found.append(_prediction(plan))
+    return found[0] if isinstance(vram, (int, str)) else found
+
+
+def machine_of(profile: Profile) -> Machine:
+    """What plans must know of the machine that a profile is of."""
+    sm = profile.machine.get("sm", 90)
+    is_emu = profile.machine.get("device") == "emu"
+    return Machine(
+        accelerator=True,
+        sm=sm if isinstance(sm, int) and sm > 0 else 90,
+        graph_reserve_bytes=0 if is_emu else _GRAPH_RESERVE_BYTES,
+    )
+
+
+def _profile_of(profile: Profile | EmuDevice | str | os.PathLike[str] | None) -> Profile:
+    if isinstance(profile, EmuDevice):
+        return machine_profile("emu", profile)
+    known = as_profile(profile)
+    if known is not None:
+        return known
+    return machine_profile("cuda" if _core.cuda_status()[0] else "emu")
+
+
+def _budgets(vram: Size | Sequence[Size]) -> list[int]:
+    many = [vram] if isinstance(vram, (int, str)) else list(vram)
+    if not many:
+        raise RequestError("vram: the list of budgets is empty", argument="vram")
+    return [parse_size(size, argument="vram") for size in many]
+
+
+def _prediction(plan: Plan) -> Prediction:
+    """The plan's own, which was made for these sizes, with the plan."""
+    values = cast(dict[str, Any], plan.predicted)
+    return replace(Prediction(**{k: v for k, v in values.items() if k != "more"}), plan=plan)
