@@ -62,6 +62,9 @@ static ps_status check_split(const ps_plan *p, uint32_t tier, uint32_t unit, ps_
     case PS_UNIT_EXPERT:
         return ps_plan_refuse(p, tier, unit, err,
             "an expert is not split; give each expert of the layer a place of its own");
+    case PS_UNIT_EMBED:
+        return ps_plan_refuse(
+            p, tier, unit, err, "tokens are only looked up in it; a token table is not split");
     default: return ps_plan_refuse(p, tier, unit, err, "this unit is too small to be split");
     }
     if (!(place.vram >= 0 && place.stream >= 0 &&

@@ -279,7 +279,7 @@ PS_TEST(bad_splits_are_plan_errors)
         bool ring;
         const char *why;
     } rows[] = {{EXPERT, 0.5f, 0, 0.5f, true, "an expert is not split"},
-        {EMBED, 0.5f, 0, 0.5f, true, "too small"}, {ROUTER, 0.5f, 0, 0.5f, true, "too small"},
+        {EMBED, 0.5f, 0, 0.5f, true, "not split"}, {ROUTER, 0.5f, 0, 0.5f, true, "too small"},
         {HEAD, -0.1f, 0, -0.1f, true, "shares"}, {HEAD, 0.7f, 0.4f, 0.7f, true, "shares"},
         {HEAD, 0.0f / 0.0f, 0, 0, true, "shares"}, {HEAD, 0.5f, 0, 0.9f, true, "same in all tiers"},
         {ATTN, 0.5f, 0.5f, 0.5f, false, "needs a ring"}};
