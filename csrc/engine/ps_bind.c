@@ -65,9 +65,10 @@ ps_status ps_bind(
     }
     b->ticks = ticks;
     b->cost = cost;
+    /* While tables can be found by their references. */
+    for (uint32_t i = 0; i < ticks->n_ticks; i++) cost[i] = ps_tick_cost(ticks, i);
     for (uint32_t i = 0; i < ticks->n_ticks; i++) {
         ps_tick *k = &ticks->tick[i];
-        cost[i] = ps_tick_cost(ticks, i); /* while the tables can be found */
         if (k->kind == PS_TICK_RUN) {
             bind_args(model, bases, (ps_op_kind)k->op, ticks->args + k->index);
         } else if (k->kind == PS_TICK_COPY_IN || k->kind == PS_TICK_COPY_OUT) {

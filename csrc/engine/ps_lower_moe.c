@@ -8,13 +8,18 @@
  * MOE_COMBINE which rows were made here.
  *
  * In passes of few tokens most experts of a layer go unused, and which ones is known only once the
- * router has run. Those passes do not load streamed experts at all: the tables hold the addresses
- * at which the GPU reaches host memory, and its kernels read just the rows of what was routed. */
+ * router has run. Those passes copy no streamed experts: the tables hold the addresses at which the
+ * GPU reaches host memory. An op gathers what was routed into the ring, with few enough reads under
+ * way that nothing else has to queue for the bus, and writes the tables that the ops on experts go
+ * by. Where the ring is too small for an image an assignment, those read host memory themselves. */
 
 typedef struct expert_plan {
     expert_group *group; /* lowering->groups */
     uint32_t n_groups;
-    uint32_t owned;          /* tables of expert addresses that MOE_COMBINE looks at */
+    uint32_t owned; /* tables of expert addresses that MOE_COMBINE looks at */
+    /* Where experts are gathered: tables of whole images, on the GPU in place of group 0's. */
+    bool gathers;
+    uint32_t mapped, resident;
     bool any[PS_SIDE_COUNT]; /* does any expert of the layer compute there */
 } expert_plan;
 
@@ -65,21 +70,48 @@ static void set_expert(lowering *l, ps_side side, const expert_group *g, uint32_
         ps_lower_at_weight(l, side, unit, ps_model_find(l->model, unit, PS_W_DOWN)));
 }
 
+/* Whether some experts stream and the ring holds an image for each assignment of a chunk. */
+static bool gathers(const lowering *l, uint32_t layer)
+{
+    uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert,
+             n_tok = l->n_chunks > 1 ? l->plan->spec.chunk_tok : l->shape.n_tok;
+    uint64_t n_assign = (uint64_t)n_tok * l->hp->n_expert_used;
+    if (!ps_pass_maps_experts(l->plan, &l->shape)) return false;
+    if (ring_share(l, first) > ps_lower_ring_bytes(l) / n_assign) return false;
+    for (uint32_t i = 0; i < ne; i++)
+        if (ps_lower_is_streamed(l, first + i)) return true;
+    return false;
+}
+
+/* An expert of the GPU, in the tables of a layer that gathers. */
+static void set_image(lowering *l, const expert_plan *p, uint32_t i, uint32_t unit)
+{
+    ps_dptr image = ps_lower_at_weight(l, PS_SIDE_DEV, unit, &(ps_weight){.offset = 0});
+    uint32_t table = ps_lower_is_streamed(l, unit) ? p->mapped : p->resident;
+    ps_emit_table_set(l->e, PS_SIDE_DEV, table + i, image);
+    ps_emit_table_set(l->e, PS_SIDE_DEV, p->owned + i, image);
+}
+
 static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
 {
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
-    *p = (expert_plan){.group = l->groups};
+    *p = (expert_plan){.group = l->groups, .gathers = gathers(l, layer)};
     cut_groups(l, layer, p);
     for (uint32_t g = 0; g < p->n_groups; g++) {
         p->group[g].gate = ps_emit_table(l->e, ne);
         p->group[g].up = ps_emit_table(l->e, ne);
         p->group[g].down = ps_emit_table(l->e, ne);
     }
+    p->mapped = p->group[0].gate;
+    p->resident = p->group[0].up;
     p->owned = p->n_groups == 1 ? p->group[0].down : ps_emit_table(l->e, ne);
     for (uint32_t i = 0; i < ne; i++) {
         ps_side side = ps_plan_side(l->plan, l->shape.tier, first + i);
         p->any[side] = true;
-        if (!rides(l, first + i)) set_expert(l, side, &p->group[0], i, first + i);
+        if (p->gathers && side == PS_SIDE_DEV)
+            set_image(l, p, i, first + i);
+        else if (!rides(l, first + i))
+            set_expert(l, side, &p->group[0], i, first + i);
         /* Any address will do for "made here"; that of the table itself is never null. */
         if (p->n_groups > 1)
             ps_emit_table_set(
@@ -120,29 +152,74 @@ static route_refs routes(const lowering *l, ps_side side, uint32_t n_tok)
         ps_dptr_add(base, 3 * part), 3 * part + (l->hp->n_expert + 1) * sizeof(int32_t)};
 }
 
-/* The routed experts of a group that compute on c.side: y rows of their assignments. */
-static void emit_experts(lowering *l, uint32_t layer, chunk c, const expert_group *g, ps_dptr y)
+typedef struct expert_tables { /* what the ops on experts go by */
+    ps_dptr gate, up, down;
+    ps_range ring; /* what of it they point to; n_bytes 0: nothing */
+} expert_tables;
+
+/* Of a group that has been streamed. */
+static expert_tables tables_of(
+    const lowering *l, uint32_t layer, ps_side side, const expert_group *g)
+{
+    uint32_t first = (uint32_t)l->model->layers[layer].first_expert;
+    uint64_t at = l->plan->tables_offset;
+    expert_tables t = {.gate = in_const(side, at + g->gate * sizeof(ps_dptr)),
+        .up = in_const(side, at + g->up * sizeof(ps_dptr)),
+        .down = in_const(side, at + g->down * sizeof(ps_dptr))};
+    if (side == PS_SIDE_DEV && g->n_bytes > 0)
+        t.ring = (ps_range){
+            ps_ref(PS_SPACE_DEV_RING, l->ring_at[first + g->first]), g->n_bytes, PS_READ};
+    return t;
+}
+
+/* Brings the routed experts of a chunk into the ring, and says where they are. */
+static expert_tables gather(lowering *l, uint32_t layer, chunk c, const expert_plan *p)
+{
+    uint32_t router = (uint32_t)l->model->layers[layer].router, ne = l->hp->n_expert,
+             first = (uint32_t)l->model->layers[layer].first_expert;
+    uint64_t image_bytes = ring_share(l, first), table = ne * sizeof(ps_dptr),
+             n_bytes = (uint64_t)c.n * l->hp->n_expert_used * image_bytes,
+             at = l->plan->tables_offset;
+    expert_tables t = {.gate = in_buf(l, c.side, PS_BUF_PTRS, 0),
+        .up = in_buf(l, c.side, PS_BUF_PTRS, table),
+        .down = in_buf(l, c.side, PS_BUF_PTRS, 2 * table)};
+    t.ring = (ps_range){ps_ref(PS_SPACE_DEV_RING, ps_lower_take_slots(l, PS_RING_NOBODY, n_bytes)),
+        n_bytes, PS_READ};
+    ps_gather_experts_args a = {.ids = routes(l, c.side, c.n).ids,
+        .mapped = in_const(c.side, at + p->mapped * sizeof(ps_dptr)),
+        .resident = in_const(c.side, at + p->resident * sizeof(ps_dptr)),
+        .slots = t.ring.ref,
+        .gate_ptrs = t.gate,
+        .up_ptrs = t.up,
+        .down_ptrs = t.down,
+        .image_bytes = image_bytes,
+        .gate_at = ps_model_find(l->model, first, PS_W_GATE)->offset,
+        .up_at = ps_model_find(l->model, first, PS_W_UP)->offset,
+        .down_at = ps_model_find(l->model, first, PS_W_DOWN)->offset,
+        .n_tok = c.n,
+        .k = l->hp->n_expert_used,
+        .n_expert = ne};
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_GATHER_EXPERTS, &a, NULL, 0);
+    return t;
+}
+
+/* The routed experts that the tables of c.side name: y rows of their assignments. */
+static void emit_experts(
+    lowering *l, uint32_t layer, chunk c, const expert_tables *tables, ps_dptr y)
 {
     const ps_hparams *hp = l->hp;
     uint32_t router = (uint32_t)l->model->layers[layer].router,
              expert = (uint32_t)l->model->layers[layer].first_expert;
     route_refs r = routes(l, c.side, c.n);
     ps_dptr h = in_buf(l, c.side, PS_BUF_H, 0);
-    uint64_t tables = l->plan->tables_offset;
-    ps_range ring = {.access = PS_READ}; /* what the tables point to, for the emitter */
-    uint32_t n_extra = 0;
-    if (c.side == PS_SIDE_DEV && g->n_bytes > 0) {
-        ring.ref = ps_ref(PS_SPACE_DEV_RING, l->ring_at[expert + g->first]);
-        ring.n_bytes = g->n_bytes;
-        n_extra = 1;
-    }
+    uint32_t n_extra = tables->ring.n_bytes > 0 ? 1 : 0; /* ranges, for the emitter */
     ps_moe_up_args up = {.x = in_buf(l, c.side, PS_BUF_NORM, 0),
         .out = h,
         .ids = r.ids,
         .order = r.order,
         .starts = r.starts,
-        .gate_ptrs = in_const(c.side, tables + g->gate * sizeof(ps_dptr)),
-        .up_ptrs = in_const(c.side, tables + g->up * sizeof(ps_dptr)),
+        .gate_ptrs = tables->gate,
+        .up_ptrs = tables->up,
         .gate_bias = ps_lower_vector(l, c.side, router, PS_W_GATE_B),
         .up_bias = ps_lower_vector(l, c.side, router, PS_W_UP_B),
         .n_tok = c.n,
@@ -154,13 +231,13 @@ static void emit_experts(lowering *l, uint32_t layer, chunk c, const expert_grou
         .fmt_gate = ps_model_find(l->model, expert, PS_W_GATE)->fmt,
         .fmt_up = ps_model_find(l->model, expert, PS_W_UP)->fmt,
         .act = hp->act};
-    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_UP, &up, &ring, n_extra);
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_UP, &up, &tables->ring, n_extra);
     ps_moe_down_args down = {.h = h,
         .y = y,
         .ids = r.ids,
         .order = r.order,
         .starts = r.starts,
-        .down_ptrs = in_const(c.side, tables + g->down * sizeof(ps_dptr)),
+        .down_ptrs = tables->down,
         .bias = ps_lower_vector(l, c.side, router, PS_W_DOWN_B),
         .n_tok = c.n,
         .k = hp->n_expert_used,
@@ -168,7 +245,7 @@ static void emit_experts(lowering *l, uint32_t layer, chunk c, const expert_grou
         .n_ff = hp->n_ff_expert,
         .n_rows = hp->n_embd,
         .fmt = ps_model_find(l->model, expert, PS_W_DOWN)->fmt};
-    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_DOWN, &down, &ring, n_extra);
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_DOWN, &down, &tables->ring, n_extra);
 }
 
 /* All groups on one side. */
@@ -177,7 +254,10 @@ static void emit_groups(lowering *l, uint32_t layer, chunk c, expert_plan *p, ps
     uint32_t n = c.side == PS_SIDE_DEV ? p->n_groups : 1;
     for (uint32_t g = 0; g < n; g++) {
         if (c.side == PS_SIDE_DEV) stream_group(l, layer, &p->group[g]);
-        emit_experts(l, layer, c, &p->group[g], y);
+        expert_tables t = c.side == PS_SIDE_DEV && p->gathers
+                              ? gather(l, layer, c, p)
+                              : tables_of(l, layer, c.side, &p->group[g]);
+        emit_experts(l, layer, c, &t, y);
     }
 }
 

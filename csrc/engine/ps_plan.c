@@ -231,6 +231,19 @@ static bool has_far_experts(const ps_plan *p)
     return false;
 }
 
+/* Whether passes may gather experts: some are streamed, and one token uses half of them at most. */
+static bool gathers_experts(const ps_plan *p)
+{
+    const ps_model *m = p->model;
+    if (m->hp.n_expert_used * 2ull > m->hp.n_expert) return false;
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
+        for (uint32_t u = 0; u < m->n_units; u++)
+            if (m->units[u].kind == PS_UNIT_EXPERT &&
+                ps_plan_place(p, t, u).kind == PS_PLACE_STREAM)
+                return true;
+    return false;
+}
+
 /* What the host side needs: nothing where it never computes, hidden states where it only looks
  * tokens up, all else. */
 static uint64_t host_act_bytes(const ps_plan *p, uint64_t all)
@@ -276,6 +289,7 @@ static void size_buffers(ps_plan *p)
     b[PS_BUF_UP] = dense ? c * hp->n_ff * (hp->fused_gate_up ? 2 : 1) * f : 0;
     b[PS_BUF_ROUTER] = experts ? c * hp->n_expert * f : 0;
     b[PS_BUF_ROUTE] = experts ? (3 * assigned + hp->n_expert + 1) * sizeof(int32_t) : 0;
+    b[PS_BUF_PTRS] = experts && gathers_experts(p) ? 3ull * hp->n_expert * sizeof(ps_dptr) : 0;
     b[PS_BUF_H] = experts ? assigned * hp->n_ff_expert * f : 0;
     b[PS_BUF_Y] = experts ? assigned * hp->n_embd * f : 0;
     b[PS_BUF_Y_OTHER] = experts && has_far_experts(p) ? b[PS_BUF_Y] : 0;
@@ -288,10 +302,11 @@ static void size_buffers(ps_plan *p)
 static uint64_t lay_out_buffers(ps_plan *p)
 {
     static const ps_buf always[] = {PS_BUF_X, PS_BUF_NORM, PS_BUF_OUT, PS_BUF_WS};
-    static const ps_buf phases[][6] = {
+    static const ps_buf phases[][7] = {
         {PS_BUF_Q, PS_BUF_K, PS_BUF_V, PS_BUF_ATT, PS_BUF_COUNT},
         {PS_BUF_GATE, PS_BUF_UP, PS_BUF_COUNT},
-        {PS_BUF_ROUTER, PS_BUF_ROUTE, PS_BUF_H, PS_BUF_Y, PS_BUF_Y_OTHER, PS_BUF_COUNT},
+        {PS_BUF_ROUTER, PS_BUF_ROUTE, PS_BUF_PTRS, PS_BUF_H, PS_BUF_Y, PS_BUF_Y_OTHER,
+            PS_BUF_COUNT},
         {PS_BUF_ROWS, PS_BUF_LOGITS, PS_BUF_COUNT},
     };
     uint64_t at = 0, end = 0;
@@ -302,7 +317,7 @@ static uint64_t lay_out_buffers(ps_plan *p)
     end = at;
     for (size_t i = 0; i < sizeof phases / sizeof *phases; i++) {
         uint64_t next = at;
-        for (int j = 0; j < 6 && phases[i][j] != PS_BUF_COUNT; j++) {
+        for (int j = 0; j < 7 && phases[i][j] != PS_BUF_COUNT; j++) {
             p->buf_offset[phases[i][j]] = next;
             next += align_up(p->buf_bytes[phases[i][j]]);
         }

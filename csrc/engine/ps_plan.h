@@ -107,6 +107,7 @@ typedef enum ps_buf {
     PS_BUF_UP,      /* f32 [chunk][n_ff] */
     PS_BUF_ROUTER,  /* f32 [chunk][n_expert] */
     PS_BUF_ROUTE,   /* ids, weights, order, starts of ROUTE, one after another */
+    PS_BUF_PTRS,    /* ps_dptr [3][n_expert]: gate, up, down, as GATHER_EXPERTS leaves them */
     PS_BUF_H,       /* f32 [chunk * k][n_ff_expert] */
     PS_BUF_Y,       /* f32 [chunk * k][n_embd] */
     PS_BUF_Y_OTHER, /* the same, computed by the GPU for a router on the CPU */

@@ -261,6 +261,7 @@ double ps_profile_cut(const op_call *call, double share, ps_op_args *out)
     case PS_OP_ADD: return cut_long(&out->add.n, share);
     case PS_OP_SOFTCAP: return cut_long(&out->softcap.n, share);
     case PS_OP_MOVE: return cut_long(&out->move.n, share);
+    case PS_OP_GATHER_EXPERTS: /* of plans that stream: none of these */
     case PS_OP_COUNT: break;
     }
     return 1;

@@ -71,6 +71,7 @@ static void describe_run(const ps_ticks *t, const ps_tick *k, ps_work *w)
     case PS_OP_ATTN_MERGE: w->n_tok = a->attn_merge.n_tok; break;
     case PS_OP_ACT: w->n_tok = a->act.n_tok; break;
     case PS_OP_ROUTE: w->n_tok = a->route.n_tok; break;
+    case PS_OP_GATHER_EXPERTS: w->n_tok = a->gather_experts.n_tok; break;
     case PS_OP_MOE_UP:
         w->n_tok = a->moe_up.n_tok;
         w->fmt = (int32_t)a->moe_up.fmt_gate;

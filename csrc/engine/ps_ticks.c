@@ -56,7 +56,8 @@ typedef struct expert_count {
     uint32_t here, mapped; /* entries of a table that hold an address; that of host memory */
 } expert_count;
 
-static expert_count count_experts(const ps_ticks *t, ps_side side, ps_dptr table, uint32_t n_expert)
+static expert_count count_in_table(
+    const ps_ticks *t, ps_side side, ps_dptr table, uint32_t n_expert)
 {
     uint64_t first = (ps_ref_offset(table) - t->plan->tables_offset) / sizeof(ps_dptr);
     expert_count n = {0};
@@ -68,24 +69,46 @@ static expert_count count_experts(const ps_ticks *t, ps_side side, ps_dptr table
     return n;
 }
 
+/* Of the op on experts at tick i. A table that is written during the pass holds those that the
+ * gather before the tick leaves there, all of them in VRAM then. */
+static expert_count count_experts(const ps_ticks *t, uint32_t i, ps_dptr table, uint32_t n_expert)
+{
+    bool on_cpu = t->tick[i].stream == PS_STREAM_CPU;
+    if (ps_ref_space(table) != PS_SPACE_DEV_ACT)
+        return count_in_table(t, on_cpu ? PS_SIDE_HOST : PS_SIDE_DEV, table, n_expert);
+    expert_count n = {0};
+    while (i > 0 && (t->tick[i].kind != PS_TICK_RUN || t->tick[i].op != PS_OP_GATHER_EXPERTS)) i--;
+    if (i > 0) {
+        ps_gather_experts_args a;
+        memcpy(&a, t->args + t->tick[i].index, sizeof a);
+        n.here = count_in_table(t, PS_SIDE_DEV, a.mapped, n_expert).here +
+                 count_in_table(t, PS_SIDE_DEV, a.resident, n_expert).here;
+    }
+    return n;
+}
+
 ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
 {
     const ps_tick *k = &t->tick[i];
     if (k->kind != PS_TICK_RUN) return (ps_cost){0};
     ps_cost cost = ps_op_cost((ps_op_kind)k->op, t->args + k->index);
-    ps_side side = k->stream == PS_STREAM_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
     uint32_t n_expert = 0;
     expert_count n = {0};
-    if (k->op == PS_OP_MOE_UP) {
+    if (k->op == PS_OP_GATHER_EXPERTS) {
+        ps_gather_experts_args a;
+        memcpy(&a, t->args + k->index, sizeof a);
+        n_expert = a.n_expert;
+        n = count_experts(t, i, a.mapped, n_expert);
+    } else if (k->op == PS_OP_MOE_UP) {
         ps_moe_up_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         n_expert = a.n_expert;
-        n = count_experts(t, side, a.up_ptrs, n_expert);
+        n = count_experts(t, i, a.up_ptrs, n_expert);
     } else if (k->op == PS_OP_MOE_DOWN) {
         ps_moe_down_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         n_expert = a.n_expert;
-        n = count_experts(t, side, a.down_ptrs, n_expert);
+        n = count_experts(t, i, a.down_ptrs, n_expert);
     } else if (k->op == PS_OP_ATTN) {
         ps_attn_args a;
         memcpy(&a, t->args + k->index, sizeof a);
@@ -93,7 +116,7 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
     } else if (k->op == PS_OP_MOE_COMBINE) {
         ps_moe_combine_args a;
         memcpy(&a, t->args + k->index, sizeof a);
-        uint32_t far = a.n_expert - count_experts(t, side, a.down_ptrs, a.n_expert).here;
+        uint32_t far = a.n_expert - count_experts(t, i, a.down_ptrs, a.n_expert).here;
         if (ps_ref_space(a.y_other) == PS_SPACE_HOST_ACT_DEV)
             cost.bus_bytes = (uint64_t)a.n_tok * a.k * a.n * sizeof(float) * far / a.n_expert;
     } else if (k->op == PS_OP_MOVE || k->op == PS_OP_ADD) {

@@ -72,7 +72,9 @@ enum {
 uint32_t ps_pass_kv_bucket(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv);
 
 /* Are streamed experts read over the bus, by address, instead of loaded? Where the tokens of a pass
- * use at most half of a layer's experts, that moves fewer bytes. */
+ * use at most half of a layer's experts, that moves fewer bytes. GATHER_EXPERTS then brings what is
+ * routed into the ring; where the ring is too small for that, the ops on experts read host memory
+ * themselves. */
 bool ps_pass_maps_experts(const ps_plan *plan, const ps_pass_shape *shape);
 
 typedef struct ps_ticks {
@@ -117,8 +119,9 @@ uint64_t ps_ticks_print(const ps_ticks *ticks, char *out, uint64_t cap);
  * written. */
 uint32_t ps_tick_ranges(const ps_ticks *ticks, uint32_t i, ps_range *out, uint32_t cap);
 
-/* What a RUN tick costs, before its references are bound. Of experts, those count whose addresses
- * its tables hold: elsewhere the others are somebody else's work. Zeros for other ticks. */
+/* What a RUN tick costs, before any reference of the list is bound. Of experts, those count whose
+ * addresses its tables hold: elsewhere the others are somebody else's work. Zeros for other ticks.
+ */
 ps_cost ps_tick_cost(const ps_ticks *ticks, uint32_t i);
 
 /* ---- the emitter, for lowering ---- */

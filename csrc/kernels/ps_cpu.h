@@ -26,6 +26,7 @@ ps_status ps_cpu_ref_attn(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_attn_merge(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_act(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_route(const ps_launch *launch, const void *args);
+ps_status ps_cpu_ref_gather_experts(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_moe_up(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_moe_down(const ps_launch *launch, const void *args);
 ps_status ps_cpu_ref_moe_combine(const ps_launch *launch, const void *args);

@@ -260,6 +260,7 @@ const ps_op_table *ps_cpu_ref_table(void)
             [PS_OP_ATTN_MERGE] = ps_cpu_ref_attn_merge,
             [PS_OP_ACT] = ps_cpu_ref_act,
             [PS_OP_ROUTE] = ps_cpu_ref_route,
+            [PS_OP_GATHER_EXPERTS] = ps_cpu_ref_gather_experts,
             [PS_OP_MOE_UP] = ps_cpu_ref_moe_up,
             [PS_OP_MOE_DOWN] = ps_cpu_ref_moe_down,
             [PS_OP_MOE_COMBINE] = ps_cpu_ref_moe_combine,

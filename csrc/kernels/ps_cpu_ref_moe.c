@@ -2,8 +2,8 @@
  * in double.
  *
  * Not here: speed.
- * Threads: rows of each expert, or tokens, are shared out by index; routing of a call runs on one
- * thread.
+ * Threads: rows of each expert, or tokens, or bytes of images are shared out by index; routing of a
+ * call runs on one thread.
  */
 #include "kernels/ps_cpu.h"
 
@@ -88,6 +88,67 @@ ps_status ps_cpu_ref_route(const ps_launch *launch, const void *args)
     else
         ps_cpu_run(launch, route_part, &j);
     group_by_expert(a, j.ids, ps_cpu_ptr(launch, a->order), ps_cpu_ptr(launch, a->starts));
+    return PS_OK;
+}
+
+/* ---- gather ---- */
+
+typedef struct gather_job {
+    const ps_launch *launch;
+    const ps_gather_experts_args *a;
+} gather_job;
+
+/* From the last assignment to the first, so that of several of one expert the first has the say. */
+static void place_images(const ps_launch *launch, const ps_gather_experts_args *a)
+{
+    const int32_t *ids = ps_cpu_ptr(launch, a->ids);
+    const ps_dptr *mapped = ps_cpu_ptr(launch, a->mapped),
+                  *resident = ps_cpu_ptr(launch, a->resident);
+    ps_dptr *gate = ps_cpu_ptr(launch, a->gate_ptrs), *up = ps_cpu_ptr(launch, a->up_ptrs),
+            *down = ps_cpu_ptr(launch, a->down_ptrs);
+    for (uint32_t e = 0; e < a->n_expert; e++) { /* addresses of images first */
+        const bool here = ps_dptr_is_null(mapped[e]);
+        gate[e] = here ? resident[e] : (ps_dptr){0};
+    }
+    for (uint64_t i = (uint64_t)a->n_tok * a->k; i-- > 0;)
+        if (!ps_dptr_is_null(mapped[ids[i]]))
+            gate[ids[i]] = ps_dptr_add(a->slots, i * a->image_bytes);
+    for (uint32_t e = 0; e < a->n_expert; e++) {
+        const ps_dptr image = gate[e], none = {0};
+        const bool any = !ps_dptr_is_null(image);
+        gate[e] = any ? ps_dptr_add(image, a->gate_at) : none;
+        up[e] = any ? ps_dptr_add(image, a->up_at) : none;
+        down[e] = any ? ps_dptr_add(image, a->down_at) : none;
+    }
+}
+
+/* A share of every image whose slot the tables name. */
+static void gather_part(void *ctx, int i_thread, int n_threads)
+{
+    const gather_job *j = ctx;
+    const ps_gather_experts_args *a = j->a;
+    const int32_t *ids = ps_cpu_ptr(j->launch, a->ids);
+    const ps_dptr *mapped = ps_cpu_ptr(j->launch, a->mapped),
+                  *gate = ps_cpu_ptr(j->launch, a->gate_ptrs);
+    char *slots = ps_cpu_ptr(j->launch, a->slots);
+    uint64_t at, end;
+    ps_cpu_share(a->image_bytes, 16, i_thread, n_threads, &at, &end);
+    for (uint64_t i = 0; i < (uint64_t)a->n_tok * a->k && !ps_cpu_aborted(j->launch); i++) {
+        const uint64_t slot = i * a->image_bytes;
+        const char *image = ps_cpu_ptr(j->launch, mapped[ids[i]]);
+        if (image != NULL && gate[ids[i]].a == a->slots.a + slot + a->gate_at)
+            memcpy(slots + slot + at, image + at, end - at);
+    }
+}
+
+ps_status ps_cpu_ref_gather_experts(const ps_launch *launch, const void *args)
+{
+    const ps_gather_experts_args *a = args;
+    ps_status status = ps_op_check(PS_OP_GATHER_EXPERTS, a, NULL);
+    if (status != PS_OK) return status;
+    gather_job j = {launch, a};
+    place_images(launch, a);
+    ps_cpu_run(launch, gather_part, &j);
     return PS_OK;
 }
 

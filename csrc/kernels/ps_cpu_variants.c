@@ -67,6 +67,7 @@
                 [PS_OP_ATTN_MERGE] = ps_cpu_ref_attn_merge,                                        \
                 [PS_OP_ACT] = ps_cpu_##simd##_act,                                                 \
                 [PS_OP_ROUTE] = ps_cpu_ref_route,                                                  \
+                [PS_OP_GATHER_EXPERTS] = ps_cpu_ref_gather_experts,                                \
                 [PS_OP_MOE_UP] = variant##_moe_up,                                                 \
                 [PS_OP_MOE_DOWN] = variant##_moe_down,                                             \
                 [PS_OP_MOE_COMBINE] = ps_cpu_##simd##_moe_combine,                                 \

@@ -20,6 +20,7 @@ ps_status ps_cuda_attn(const ps_launch *launch, const void *args);
 ps_status ps_cuda_attn_merge(const ps_launch *launch, const void *args);
 ps_status ps_cuda_act(const ps_launch *launch, const void *args);
 ps_status ps_cuda_route(const ps_launch *launch, const void *args);
+ps_status ps_cuda_gather_experts(const ps_launch *launch, const void *args);
 ps_status ps_cuda_moe_up(const ps_launch *launch, const void *args);
 ps_status ps_cuda_moe_down(const ps_launch *launch, const void *args);
 ps_status ps_cuda_moe_combine(const ps_launch *launch, const void *args);

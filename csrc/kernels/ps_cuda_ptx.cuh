@@ -199,6 +199,14 @@ PS_DEVICE void ps_prefetch_l2(const void *p)
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
 }
 
+/* A word of host memory that the CPU may change meanwhile. */
+PS_DEVICE uint32_t ps_load_host_word(const uint32_t *p)
+{
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+    return v;
+}
+
 /* ---- launches that overlap (sm_90): a kernel may start while the one before it on the stream
  * drains ---- Every kernel calls ps_dep_wait in every thread before it touches anything that
  * another kernel writes; nothing but prefetches into the L2 may come earlier. */

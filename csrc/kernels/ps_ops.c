@@ -22,6 +22,7 @@ static const op_desc op_descs[PS_OP_COUNT] = {
     [PS_OP_ATTN_MERGE] = {"attn_merge", sizeof(ps_attn_merge_args)},
     [PS_OP_ACT] = {"act", sizeof(ps_act_args)},
     [PS_OP_ROUTE] = {"route", sizeof(ps_route_args)},
+    [PS_OP_GATHER_EXPERTS] = {"gather_experts", sizeof(ps_gather_experts_args)},
     [PS_OP_MOE_UP] = {"moe_up", sizeof(ps_moe_up_args)},
     [PS_OP_MOE_DOWN] = {"moe_down", sizeof(ps_moe_down_args)},
     [PS_OP_MOE_COMBINE] = {"moe_combine", sizeof(ps_moe_combine_args)},
@@ -174,6 +175,18 @@ static void operands_route(operand_list *l, const ps_route_args *a)
     put(l, &a->starts, PS_WRITE, ((uint64_t)a->n_expert + 1) * 4);
 }
 
+static void operands_gather_experts(operand_list *l, const ps_gather_experts_args *a)
+{
+    const uint64_t n_assign = (uint64_t)a->n_tok * a->k, table = a->n_expert * sizeof(ps_dptr);
+    put(l, &a->ids, PS_READ, n_assign * 4);
+    put(l, &a->mapped, PS_READ, table);
+    put(l, &a->resident, PS_READ, table);
+    put(l, &a->slots, PS_WRITE, n_assign * a->image_bytes);
+    put(l, &a->gate_ptrs, PS_WRITE, table);
+    put(l, &a->up_ptrs, PS_WRITE, table);
+    put(l, &a->down_ptrs, PS_WRITE, table);
+}
+
 static void operands_small(operand_list *l, ps_op_kind kind, const ps_op_args *u)
 {
     switch (kind) {
@@ -240,6 +253,7 @@ uint32_t ps_op_operands(ps_op_kind kind, const void *args, ps_operand out[PS_MAX
     case PS_OP_QKV_PREP: operands_qkv_prep(&l, &u->qkv_prep); break;
     case PS_OP_ATTN: operands_attn(&l, &u->attn); break;
     case PS_OP_ROUTE: operands_route(&l, &u->route); break;
+    case PS_OP_GATHER_EXPERTS: operands_gather_experts(&l, &u->gather_experts); break;
     case PS_OP_MOE_UP: operands_moe_up(&l, &u->moe_up); break;
     case PS_OP_MOE_DOWN: operands_moe_down(&l, &u->moe_down); break;
     case PS_OP_MOE_COMBINE: operands_moe_combine(&l, &u->moe_combine); break;
@@ -321,6 +335,15 @@ static ps_cost cost_qkv_prep(const ps_qkv_prep_args *a)
         .bytes = 8 * (n_q + n_kv * d) + 4 * n_kv * d + 2 * n_kv * fmt_row_bytes(a->kv.fmt, d)};
 }
 
+/* As if every expert were mapped: how many are, the tables know. What it writes is not counted:
+ * VRAM takes it at many times the rate at which the bus brings it. */
+static ps_cost cost_gather_experts(const ps_gather_experts_args *a)
+{
+    const double touched = experts_touched(a->n_expert, a->k, a->n_tok);
+    const uint64_t n_bytes = (uint64_t)(touched * (double)a->image_bytes);
+    return (ps_cost){.bytes = n_bytes, .bus_bytes = n_bytes};
+}
+
 static ps_cost cost_of(ps_op_kind kind, const ps_op_args *u)
 {
     switch (kind) {
@@ -332,6 +355,7 @@ static ps_cost cost_of(ps_op_kind kind, const ps_op_args *u)
     case PS_OP_MATMUL: return cost_matmul(&u->matmul);
     case PS_OP_QKV_PREP: return cost_qkv_prep(&u->qkv_prep);
     case PS_OP_ATTN: return cost_attn(&u->attn);
+    case PS_OP_GATHER_EXPERTS: return cost_gather_experts(&u->gather_experts);
     case PS_OP_MOE_UP: {
         const ps_moe_up_args *a = &u->moe_up;
         return cost_moe(a->n_expert, a->k, a->n_tok,
@@ -446,6 +470,20 @@ static const char *bad_attn(const ps_attn_args *a)
     return NULL;
 }
 
+static const char *bad_gather_experts(const ps_gather_experts_args *a)
+{
+    if (!tok_ok(a->n_tok) || a->k == 0 || a->k > a->n_expert || a->n_expert > MAX_EXPERTS)
+        return "n_tok, k or n_expert";
+    if (a->image_bytes == 0 || a->image_bytes % 16 != 0 || a->image_bytes >> 40 != 0)
+        return "image_bytes";
+    if (a->gate_at >= a->image_bytes || a->up_at >= a->image_bytes || a->down_at >= a->image_bytes)
+        return "a matrix";
+    if (!given(a->ids) || !given(a->mapped) || !given(a->resident) || !given(a->slots) ||
+        !given(a->gate_ptrs) || !given(a->up_ptrs) || !given(a->down_ptrs))
+        return "a missing operand";
+    return NULL;
+}
+
 static const char *bad_moe_up(const ps_moe_up_args *a)
 {
     if (!tok_ok(a->n_tok) || a->k == 0 || a->k > a->n_expert || a->n_expert > MAX_EXPERTS)
@@ -541,6 +579,7 @@ ps_status ps_op_check(ps_op_kind kind, const void *args, ps_err *err)
     case PS_OP_QKV_PREP: bad = bad_qkv_prep(&u->qkv_prep); break;
     case PS_OP_ATTN: bad = bad_attn(&u->attn); break;
     case PS_OP_ROUTE: bad = bad_route(&u->route); break;
+    case PS_OP_GATHER_EXPERTS: bad = bad_gather_experts(&u->gather_experts); break;
     case PS_OP_MOE_UP: bad = bad_moe_up(&u->moe_up); break;
     case PS_OP_MOE_DOWN: bad = bad_moe_down(&u->moe_down); break;
     case PS_OP_MOE_COMBINE: bad = bad_moe_combine(&u->moe_combine); break;

@@ -33,21 +33,22 @@ extern "C" {
 #endif
 
 typedef enum ps_op_kind {
-    PS_OP_EMBED,       /* rows of a table by token id */
-    PS_OP_NORM,        /* RMS or layer norm, with optional residual add behind it */
-    PS_OP_MATMUL,      /* up to three weight matrices on the same input */
-    PS_OP_QKV_PREP,    /* per-head norms, rope, store k and v in the cache */
-    PS_OP_ATTN,        /* attention over the paged cache */
-    PS_OP_ATTN_MERGE,  /* join two partial attentions */
-    PS_OP_ACT,         /* activation, gated or not */
-    PS_OP_ROUTE,       /* top-k experts of each token, and the lists by expert */
-    PS_OP_MOE_UP,      /* gate and up of the routed experts, with the activation */
-    PS_OP_MOE_DOWN,    /* down of the routed experts, one row an assignment */
-    PS_OP_MOE_COMBINE, /* weighted sum of a token's assignments in rank order */
-    PS_OP_ADD,         /* out = a + b */
-    PS_OP_GATHER_ROWS, /* rows by index */
-    PS_OP_SOFTCAP,     /* cap * tanh(x / cap) */
-    PS_OP_MOVE,        /* words from one place to another */
+    PS_OP_EMBED,          /* rows of a table by token id */
+    PS_OP_NORM,           /* RMS or layer norm, with optional residual add behind it */
+    PS_OP_MATMUL,         /* up to three weight matrices on the same input */
+    PS_OP_QKV_PREP,       /* per-head norms, rope, store k and v in the cache */
+    PS_OP_ATTN,           /* attention over the paged cache */
+    PS_OP_ATTN_MERGE,     /* join two partial attentions */
+    PS_OP_ACT,            /* activation, gated or not */
+    PS_OP_ROUTE,          /* top-k experts of each token, and the lists by expert */
+    PS_OP_GATHER_EXPERTS, /* images of the routed experts that lie in host memory, into slots */
+    PS_OP_MOE_UP,         /* gate and up of the routed experts, with the activation */
+    PS_OP_MOE_DOWN,       /* down of the routed experts, one row an assignment */
+    PS_OP_MOE_COMBINE,    /* weighted sum of a token's assignments in rank order */
+    PS_OP_ADD,            /* out = a + b */
+    PS_OP_GATHER_ROWS,    /* rows by index */
+    PS_OP_SOFTCAP,        /* cap * tanh(x / cap) */
+    PS_OP_MOVE,           /* words from one place to another */
     PS_OP_COUNT
 } ps_op_kind;
 
@@ -188,6 +189,22 @@ typedef struct ps_route_args {
     uint32_t n_tok, n_expert, k, renorm;
 } ps_route_args;
 
+/* ---- GATHER_EXPERTS: the image of each routed expert e with mapped[e] given is copied to slot i,
+ * i being the first assignment with ids[i] == e; other slots are left untouched. Then gate[e] =
+ * image of e + gate_at, and up and down likewise, for the ops that follow: its image is its slot,
+ * or for an expert that is not mapped, resident[e]. Null where there is none, and for mapped
+ * experts that nobody is routed to. All images of a call have the same size and layout. ---- */
+typedef struct ps_gather_experts_args {
+    ps_dptr ids;              /* int32 [n_tok * k], from ROUTE */
+    ps_dptr mapped, resident; /* ps_dptr [n_expert], of images: in host memory, under the address by
+                                 which the GPU reaches it, and in the memory beside; or null */
+    ps_dptr slots;            /* [n_tok * k][image_bytes] */
+    ps_dptr gate_ptrs, up_ptrs, down_ptrs; /* ps_dptr [n_expert] each */
+    uint64_t image_bytes;                  /* a multiple of 16 */
+    uint64_t gate_at, up_at, down_at;      /* of the matrices in an image */
+    uint32_t n_tok, k, n_expert;
+} ps_gather_experts_args;
+
 /* ---- MOE_UP: for each assignment a = (t, rank) whose expert e has addresses on this side:
  * out[a][f] = act(gate_e[f] . x[t] + gate_bias[e][f], up_e[f] . x[t] + up_bias[e][f]). Others are
  * left untouched. ---- */
@@ -271,6 +288,7 @@ typedef union ps_op_args { /* as large as the largest */
     ps_attn_merge_args attn_merge;
     ps_act_args act;
     ps_route_args route;
+    ps_gather_experts_args gather_experts;
     ps_moe_up_args moe_up;
     ps_moe_down_args moe_down;
     ps_moe_combine_args moe_combine;

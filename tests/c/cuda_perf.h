@@ -525,8 +525,112 @@ static inline void perf_products(perf_rig *p)
     }
 }
 
-/* words: parts of "products", "decode", "prefill", "long", "batch"; none: all that takes a minute.
- */
+/* ---- routed experts of Qwen3-30B-A3B, Q4_0, from host memory: eight layers' worth ---- */
+
+enum {
+    PERF_EXPERTS = 64,
+    PERF_ROUTED = 8,
+    PERF_MATRIX_BYTES = 768 * 2048 / 32 * 18,
+    PERF_EXPERT_BYTES = 3 * PERF_MATRIX_BYTES,
+    PERF_SMALL_BYTES = 8 << 10,
+    PERF_SMALL_COPIES = 16,
+};
+
+/* Addresses of `skip` bytes into the images in staging; only of the first `n` of each eight. */
+static inline ps_dptr perf_image_table(perf_rig *p, uint32_t n, uint64_t skip)
+{
+    ps_dptr table[PERF_EXPERTS] = {{0}}, images = {0};
+    if (p->status == PS_OK)
+        p->status = ps_device_locked_dptr(p->rig.device, p->rig.staging, &images, &p->err);
+    for (uint32_t e = 0; e < PERF_EXPERTS; e++)
+        if (e % PERF_ROUTED < n)
+            table[e] = ps_dptr_add(images, (uint64_t)e * PERF_EXPERT_BYTES + skip);
+    return perf_upload(p, table, sizeof table);
+}
+
+/* Microseconds that a small copy to the host takes while the ops in the list run. */
+static inline double perf_small_copy(perf_rig *p)
+{
+    ps_device *d = p->rig.device;
+    uint64_t ns = 0;
+    uint8_t *to = p->rig.staging + (uint64_t)PERF_EXPERTS * PERF_EXPERT_BYTES;
+    perf_enqueue(p, NULL);
+    if (p->status == PS_OK) p->status = ps_device_record(d, p->rig.out, p->from, &p->err);
+    for (int i = 0; i < PERF_SMALL_COPIES && p->status == PS_OK; i++)
+        p->status = ps_device_copy_out(d, p->rig.out, to, p->memory, PERF_SMALL_BYTES, &p->err);
+    if (p->status == PS_OK) p->status = ps_device_record(d, p->rig.out, p->to, &p->err);
+    if (p->status == PS_OK) p->status = ps_device_sync(d, p->rig.out, &p->err);
+    if (p->status == PS_OK) p->status = ps_device_sync(d, p->rig.stream, &p->err);
+    if (p->status == PS_OK) p->status = ps_device_elapsed(d, p->from, p->to, &ns, &p->err);
+    return (double)ns * 1e-3 / PERF_SMALL_COPIES;
+}
+
+static inline void perf_report_bus(perf_rig *p, const char *what, uint32_t n, uint64_t n_bytes)
+{
+    const double us = perf_time(p, NULL) / PERF_ROUTED, copy_us = perf_small_copy(p);
+    if (p->status == PS_OK)
+        printf("%-24s %u of %u: %7.1f us, %5.1f GB/s; a small copy to the host meanwhile: %.1f "
+               "us\n",
+            what, n, PERF_ROUTED, us, (double)n_bytes * 1e-3 / us, copy_us);
+}
+
+static inline void perf_gathers(perf_rig *p)
+{
+    static const uint32_t n_mapped[] = {1, 2, 4, 8};
+    int32_t ids[PERF_EXPERTS];
+    for (int32_t i = 0; i < PERF_EXPERTS; i++) ids[i] = i;
+    memset(p->rig.staging, 0, (uint64_t)PERF_EXPERTS * PERF_EXPERT_BYTES + PERF_SMALL_BYTES);
+    memset(p->image, 0, sizeof p->image); /* staging holds none of them any more */
+    printf("\nrouted experts of %.2f MB, %u a token, from host memory\n", PERF_EXPERT_BYTES * 1e-6,
+        PERF_ROUTED);
+    for (size_t i = 0; i < sizeof n_mapped / sizeof *n_mapped; i++) {
+        p->used = p->n_ops = 0;
+        const ps_dptr d_ids = perf_upload(p, ids, sizeof ids);
+        ps_gather_experts_args a = {.mapped = perf_image_table(p, n_mapped[i], 0),
+            .resident = perf_image_table(p, 0, 0),
+            .slots = perf_take(p, (uint64_t)PERF_ROUTED * PERF_EXPERT_BYTES),
+            .gate_ptrs = perf_take(p, PERF_EXPERTS * 8),
+            .up_ptrs = perf_take(p, PERF_EXPERTS * 8),
+            .down_ptrs = perf_take(p, PERF_EXPERTS * 8),
+            .image_bytes = PERF_EXPERT_BYTES,
+            .up_at = PERF_MATRIX_BYTES,
+            .down_at = 2 * PERF_MATRIX_BYTES,
+            .n_tok = 1,
+            .k = PERF_ROUTED,
+            .n_expert = PERF_EXPERTS};
+        for (uint32_t t = 0; t < PERF_EXPERTS; t += PERF_ROUTED) {
+            a.ids = ps_dptr_add(d_ids, t * 4);
+            perf_add(p, PS_OP_GATHER_EXPERTS, "")->gather_experts = a;
+        }
+        perf_report_bus(p, "gathered", n_mapped[i], (uint64_t)n_mapped[i] * PERF_EXPERT_BYTES);
+    }
+    p->used = p->n_ops = 0;
+    const ps_dptr d_ids = perf_upload(p, ids, sizeof ids);
+    ps_moe_up_args up = {.x = perf_take(p, 2048 * 4),
+        .out = perf_take(p, PERF_ROUTED * 768 * 4),
+        .order = perf_take(p, PERF_ROUTED * 4),
+        .starts = perf_take(p, (PERF_EXPERTS + 1) * 4),
+        .gate_ptrs = perf_image_table(p, PERF_ROUTED, 0),
+        .up_ptrs = perf_image_table(p, PERF_ROUTED, PERF_MATRIX_BYTES),
+        .n_tok = 1,
+        .k = PERF_ROUTED,
+        .n_expert = PERF_EXPERTS,
+        .n_cols = 2048,
+        .n_ff = 768,
+        .ldx = 2048,
+        .fmt_gate = PS_FMT_Q4_0,
+        .fmt_up = PS_FMT_Q4_0,
+        .act = PS_ACT_SILU};
+    for (uint32_t t = 0; t < PERF_EXPERTS; t += PERF_ROUTED) {
+        up.ids = ps_dptr_add(d_ids, t * 4);
+        perf_add(p, PS_OP_MOE_UP, "")->moe_up = up;
+    }
+    perf_report_bus(
+        p, "read by moe_up itself", PERF_ROUTED, 2ull * PERF_ROUTED * PERF_MATRIX_BYTES);
+}
+
+/* words: parts of "products", "decode", "prefill", "long", "batch", "gather"; none: all that takes
+ * a minute. */
 static inline int perf_main(int n_words, char **words)
 {
     static const struct {
@@ -548,8 +652,11 @@ static inline int perf_main(int n_words, char **words)
         printf("%s, sm_%d, %d SMs; floors: %.2f TB/s, %.0f TFLOP/s\n", p.rig.device->info.name,
             p.rig.device->info.sm, p.rig.device->info.n_sm, PERF_BYTES_PER_S * 1e-12,
             PERF_FLOPS * 1e-12);
-    bool products = n_words == 0;
-    for (int w = 0; w < n_words; w++) products |= strstr("products", words[w]) != NULL;
+    bool products = n_words == 0, gathers = n_words == 0;
+    for (int w = 0; w < n_words; w++) {
+        products |= strstr("products", words[w]) != NULL;
+        gathers |= strstr("gather", words[w]) != NULL;
+    }
     for (size_t i = 0; i < sizeof passes / sizeof *passes && p.status == PS_OK; i++) {
         bool wanted = n_words == 0;
         for (int w = 0; w < n_words; w++) wanted |= strstr(passes[i].name, words[w]) != NULL;
@@ -558,6 +665,7 @@ static inline int perf_main(int n_words, char **words)
                 passes[i].many);
     }
     if (products && p.status == PS_OK) perf_products(&p);
+    if (gathers && p.status == PS_OK) perf_gathers(&p);
     if (p.status != PS_OK) printf("stopped: %s\n", p.err.message);
     ps_free(p.op);
     if (p.rig.device != NULL) {

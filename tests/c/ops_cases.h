@@ -509,6 +509,69 @@ static inline bool ops_route_at(uint32_t i, ops_call *c)
     return true;
 }
 
+/* Images of n_expert experts, and the table of the addresses of those in `given`. */
+static inline void ops_add_images(ops_call *c, size_t field, uint32_t n_expert,
+    uint64_t image_bytes, uint64_t given, uint64_t *rng)
+{
+    const uint32_t w = ops_add_buf(c, OPS_NO_FIELD, OPS_OPAQUE, n_expert * image_bytes, false);
+    const uint32_t i = ops_add_buf(c, (uint16_t)field, OPS_PTRS, n_expert * 8ull, false);
+    for (uint64_t at = 0; at < c->buf[w].n_bytes; at += 8) {
+        const uint64_t word = ps_rng_next(rng);
+        memcpy(c->buf[w].host + at, &word, 8);
+    }
+    c->buf[i].target = w;
+    for (uint32_t e = 0; e < n_expert; e++) {
+        const int64_t at = given >> (e % 64) & 1 ? (int64_t)(e * image_bytes) : -1;
+        memcpy(c->buf[i].host + 8ull * e, &at, 8);
+    }
+}
+
+typedef struct ops_gather_case {
+    uint32_t n_tok, k, n_expert;
+    uint64_t image_bytes, mapped, resident; /* bit e % 64 */
+} ops_gather_case;
+
+static inline bool ops_gather_experts_at(uint32_t i, ops_call *c)
+{
+    static const ops_gather_case cases[] = {
+        {1, 8, 128, 4096, ~0ull, 0},                        /* all of them */
+        {1, 1, 2, 16, 3, 0},                                /* as small as can be */
+        {8, 8, 16, 6416, ~0ull, 0},                         /* each expert several times, ragged */
+        {8, 4, 16, 6416, 0, 0xFF0F},                        /* none mapped */
+        {5, 4, 16, 12304, 0x5A5A, 0xA0A5},                  /* some nowhere */
+        {1, 8, 64, 8192, 0xFFFF, 0xFFFFFFFFFFFF0000},       /* a few of many */
+        {3, 2, 4, 1000016, 0xD, 0x2},                       /* more than the GPU has under way */
+        {40, 8, 128, 1040, 0xF0F0F0F0FF, ~0xF0F0F0F0FFull}, /* more assignments than lanes */
+    };
+    if (i >= sizeof cases / sizeof *cases) return false;
+    const ops_gather_case *k = &cases[i];
+    const uint64_t n_assign = (uint64_t)k->n_tok * k->k;
+    char name[64];
+    snprintf(name, sizeof name, "tok %u experts %u/%u image %" PRIu64, k->n_tok, k->k, k->n_expert,
+        k->image_bytes);
+    ops_begin(c, PS_OP_GATHER_EXPERTS, name);
+    uint64_t rng = ops_seed(c->name);
+    c->args.gather_experts = (ps_gather_experts_args){.n_tok = k->n_tok,
+        .k = k->k,
+        .n_expert = k->n_expert,
+        .image_bytes = k->image_bytes,
+        .gate_at = k->image_bytes / 2,
+        .down_at = k->image_bytes - 16};
+    ops_add_routing(c, offsetof(ps_gather_experts_args, ids), OPS_NO_FIELD, 0, k->n_tok, k->k,
+        k->n_expert, &rng);
+    ops_add_images(
+        c, offsetof(ps_gather_experts_args, mapped), k->n_expert, k->image_bytes, k->mapped, &rng);
+    ops_add_images(c, offsetof(ps_gather_experts_args, resident), k->n_expert, k->image_bytes,
+        k->resident, &rng);
+    const uint32_t slots = ops_add_buf(
+        c, offsetof(ps_gather_experts_args, slots), OPS_OPAQUE, n_assign * k->image_bytes, true);
+    memset(c->buf[slots].host, 0x5C, c->buf[slots].n_bytes);
+    ops_add_buf(c, offsetof(ps_gather_experts_args, gate_ptrs), OPS_PTRS, k->n_expert * 8ull, true);
+    ops_add_buf(c, offsetof(ps_gather_experts_args, up_ptrs), OPS_PTRS, k->n_expert * 8ull, true);
+    ops_add_buf(c, offsetof(ps_gather_experts_args, down_ptrs), OPS_PTRS, k->n_expert * 8ull, true);
+    return true;
+}
+
 typedef struct ops_moe_case {
     uint32_t n_tok, n_expert, k, n_cols, n_ff;
     ps_fmt fmt[3]; /* gate, up, down */
@@ -685,8 +748,9 @@ static const struct ops_group {
     ops_case_fn at;
 } ops_groups[] = {{"matmul", ops_matmul_at}, {"embed", ops_embed_at}, {"norm", ops_norm_at},
     {"qkv_prep", ops_prep_at}, {"attn", ops_attn_at}, {"attn_merge", ops_merge_at},
-    {"act", ops_act_at}, {"route", ops_route_at}, {"moe_up", ops_moe_up_at},
-    {"moe_down", ops_moe_down_at}, {"moe_combine", ops_combine_at}, {"small", ops_small_at}};
+    {"act", ops_act_at}, {"route", ops_route_at}, {"gather_experts", ops_gather_experts_at},
+    {"moe_up", ops_moe_up_at}, {"moe_down", ops_moe_down_at}, {"moe_combine", ops_combine_at},
+    {"small", ops_small_at}};
 enum { OPS_N_GROUPS = sizeof ops_groups / sizeof *ops_groups };
 
 #endif

@@ -246,6 +246,25 @@ static inline void ops_eval_route(ps_route_args *a)
     starts[a->n_expert] = at;
 }
 
+static inline void ops_eval_gather(ps_gather_experts_args *a)
+{
+    const int32_t *ids = ops_ptr(a->ids);
+    for (uint32_t e = 0; e < a->n_expert; e++) {
+        const ps_dptr from = ((ps_dptr *)ops_ptr(a->mapped))[e];
+        ps_dptr image = ((ps_dptr *)ops_ptr(a->resident))[e];
+        if (ops_ptr(from) != NULL) {
+            uint64_t i = 0, n = (uint64_t)a->n_tok * a->k;
+            while (i < n && ids[i] != (int32_t)e) i++;
+            image = i < n ? ps_dptr_add(a->slots, i * a->image_bytes) : (ps_dptr){0};
+            if (i < n) memcpy(ops_ptr(image), ops_ptr(from), a->image_bytes);
+        }
+        const bool any = ops_ptr(image) != NULL;
+        ((ps_dptr *)ops_ptr(a->gate_ptrs))[e].a = any ? image.a + a->gate_at : 0;
+        ((ps_dptr *)ops_ptr(a->up_ptrs))[e].a = any ? image.a + a->up_at : 0;
+        ((ps_dptr *)ops_ptr(a->down_ptrs))[e].a = any ? image.a + a->down_at : 0;
+    }
+}
+
 /* y = W x + bias for one row of x, W dequantised beforehand. */
 static inline double ops_dot(const float *w, const float *x, uint32_t n)
 {
@@ -354,11 +373,13 @@ static inline void ops_eval(ops_call *c)
     case PS_OP_ATTN_MERGE: ops_eval_merge(&u->attn_merge); break;
     case PS_OP_ACT: ops_eval_act(&u->act); break;
     case PS_OP_ROUTE: ops_eval_route(&u->route); break;
+    case PS_OP_GATHER_EXPERTS: ops_eval_gather(&u->gather_experts); break;
     case PS_OP_MOE_UP: ops_eval_moe_up(&u->moe_up); break;
     case PS_OP_MOE_DOWN: ops_eval_moe_down(&u->moe_down); break;
     case PS_OP_MOE_COMBINE: ops_eval_combine(&u->moe_combine); break;
     default: ops_eval_small(c->kind, u); break;
     }
+    ops_name_host_ptrs(c);
 }
 
 #endif

@@ -23,11 +23,11 @@ enum {
 typedef enum ops_content { OPS_F32, OPS_I32, OPS_CACHE, OPS_OPAQUE, OPS_PTRS } ops_content;
 
 typedef struct ops_buf {
-    uint16_t field; /* offset of the ps_dptr in the arguments, or OPS_NO_FIELD */
-    ops_content
-        content;   /* OPS_PTRS: host holds int64 byte offsets into buffer `target`, -1 for null */
-    uint8_t *host; /* owns: initial bytes */
-    uint8_t *got;  /* owns: bytes after the run */
+    uint16_t field;      /* offset of the ps_dptr in the arguments, or OPS_NO_FIELD */
+    ops_content content; /* OPS_PTRS: host holds int64 byte offsets into buffer `target`, -1 for
+                            null; `got` of an output, what ops_name_ptrs makes of it */
+    uint8_t *host;       /* owns: initial bytes */
+    uint8_t *got;        /* owns: bytes after the run */
     uint64_t n_bytes;
     uint32_t target;
     uint32_t row, ld, fmt; /* outputs: row length and stride in floats; format of a cache */
@@ -117,6 +117,24 @@ static inline void ops_fill_ptrs(const ops_buf *b, const ps_dptr *base, uint8_t 
     }
 }
 
+/* Addresses that a call has written, as what they mean: buffer and offset, -1 for null, -2 for
+ * nothing of this call. So results of several devices compare. */
+static inline void ops_name_ptrs(ops_call *c, const ps_dptr *base)
+{
+    for (uint32_t i = 0; i < c->n_bufs; i++) {
+        if (!c->buf[i].is_out || c->buf[i].content != OPS_PTRS) continue;
+        for (uint64_t at = 0; at < c->buf[i].n_bytes; at += 8) {
+            ps_dptr p;
+            memcpy(&p, c->buf[i].got + at, 8);
+            int64_t name = ps_dptr_is_null(p) ? -1 : -2;
+            for (uint32_t j = 0; j < c->n_bufs && name == -2; j++)
+                if (p.a - base[j].a < c->buf[j].n_bytes)
+                    name = (int64_t)j << 48 | (int64_t)(p.a - base[j].a);
+            memcpy(c->buf[i].got + at, &name, 8);
+        }
+    }
+}
+
 /* ---- the reference, in this process ---- */
 
 /* Copies every operand to `got` and points the fields there: for code that computes in this
@@ -135,6 +153,14 @@ static inline void ops_bind_host(ops_call *c)
     ops_bind(c, base);
 }
 
+static inline void ops_name_host_ptrs(ops_call *c)
+{
+    ps_dptr base[OPS_MAX_BUFS];
+    for (uint32_t i = 0; i < c->n_bufs; i++)
+        base[i] = (ps_dptr){(uint64_t)(uintptr_t)c->buf[i].got};
+    ops_name_ptrs(c, base);
+}
+
 /* Runs the reference launcher on one thread; results are left in `got`. */
 static inline ps_status ops_run_ref(ops_call *c)
 {
@@ -142,6 +168,7 @@ static inline ps_status ops_run_ref(ops_call *c)
     const uint64_t scratch_bytes = 4 << 20;
     ps_launch launch = {.scratch = ps_alloc(scratch_bytes, 1), .scratch_bytes = scratch_bytes};
     ps_status status = ps_cpu_ops("ref")->op[c->kind](&launch, &c->args);
+    ops_name_host_ptrs(c);
     ps_free(launch.scratch);
     return status;
 }
@@ -312,6 +339,7 @@ static inline ps_status ops_rig_collect(ops_rig *r, ops_call *c, ops_bound *m, p
             ps_test_fail(__FILE__, __LINE__, "input buffer %u changed by %s", i, r->name);
         ps_free(image);
     }
+    ops_name_ptrs(c, m->base);
     return status;
 }
 

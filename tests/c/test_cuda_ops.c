@@ -87,6 +87,10 @@ PS_TEST(matmul)
 {
     run_group("matmul");
 }
+PS_TEST(gather_experts)
+{
+    run_group("gather_experts");
+}
 PS_TEST(moe_up)
 {
     run_group("moe_up");
@@ -200,7 +204,7 @@ PS_TEST(graph_replay)
     ops_rig r;
     if (!open_cuda(&r)) return;
     static const char *const groups[] = {
-        "matmul", "attn", "moe_up", "moe_down", "route", "qkv_prep"};
+        "matmul", "attn", "gather_experts", "moe_up", "moe_down", "route", "qkv_prep"};
     for (size_t i = 0; i < sizeof groups / sizeof *groups; i++) {
         uint32_t g = 0;
         while (strcmp(ops_groups[g].name, groups[i]) != 0) g++;

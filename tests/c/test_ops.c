@@ -239,6 +239,10 @@ PS_TEST(route)
 {
     run_group("route");
 }
+PS_TEST(gather_experts)
+{
+    run_group("gather_experts");
+}
 PS_TEST(moe_up)
 {
     run_group("moe_up");

@@ -132,11 +132,36 @@ PS_TEST(every_architecture_lowers_and_checks)
     ps_test_case("%s", "");
 }
 
+/* The list without each of its RECORDs, WAITs and flags in turn; how many there are, by kind. */
+static void check_mutants(ps_ticks *t, uint32_t n_by_kind[PS_TICK_FLAG_WAIT + 1])
+{
+    for (uint32_t k = 0; k < t->n_ticks; k++) {
+        ps_tick gone = t->tick[k];
+        if (gone.kind <= PS_TICK_RUN) continue;
+        memmove(&t->tick[k], &t->tick[k + 1], (t->n_ticks - k - 1) * sizeof *t->tick);
+        t->n_ticks--;
+        ps_err why = {0};
+        PS_CHECK_STATUS(ps_ticks_check(t, &why), PS_EPLAN);
+        memmove(&t->tick[k + 1], &t->tick[k], (t->n_ticks - k) * sizeof *t->tick);
+        t->tick[k] = gone;
+        t->n_ticks++;
+        n_by_kind[gone.kind]++;
+    }
+}
+
+static uint32_t count_ops(const ps_ticks *t, ps_op_kind op)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < t->n_ticks; i++)
+        n += t->tick[i].kind == PS_TICK_RUN && t->tick[i].op == op;
+    return n;
+}
+
 /* The heart of "a bad policy can never break anything": no wait is redundant, and the checker sees
  * each one missing. */
 PS_TEST(checker_rejects_every_dropped_sync)
 {
-    uint32_t n_mutants = 0, n_by_kind[PS_TICK_FLAG_WAIT + 1] = {0};
+    uint32_t n_mutants = 0, n_gathers = 0, n_by_kind[PS_TICK_FLAG_WAIT + 1] = {0};
     for (int i = 0; i < N_MODELS; i++)
         for (int pattern = 2; pattern < N_PATTERNS; pattern += 3) {
             fixture f;
@@ -144,37 +169,29 @@ PS_TEST(checker_rejects_every_dropped_sync)
             ps_test_case("%s pattern %d", models[i], pattern);
             apply_pattern(&f, pattern);
             ps_plan *plan = NULL;
-            ps_ticks *t = NULL;
             ps_err err = {0};
             PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
-            PS_CHECK_STATUS(ps_lower(plan,
-                                &(ps_pass_shape){.tier = 1,
-                                    .n_tok = 40,
-                                    .n_out = 6,
-                                    .max_kv = 192,
-                                    .staged = plan->kv_backed,
-                                    .first = plan->kv_backed ? 70 : 0},
-                                &t, &err),
-                PS_OK);
-            for (uint32_t k = 0; t != NULL && k < t->n_ticks; k++) {
-                ps_tick gone = t->tick[k];
-                if (gone.kind <= PS_TICK_RUN) continue;
-                memmove(&t->tick[k], &t->tick[k + 1], (t->n_ticks - k - 1) * sizeof *t->tick);
-                t->n_ticks--;
-                ps_err why = {0};
-                PS_CHECK_STATUS(ps_ticks_check(t, &why), PS_EPLAN);
-                memmove(&t->tick[k + 1], &t->tick[k], (t->n_ticks - k) * sizeof *t->tick);
-                t->tick[k] = gone;
-                t->n_ticks++;
-                n_mutants++;
-                n_by_kind[gone.kind]++;
+            ps_pass_shape shapes[] = {{.tier = 1,
+                                          .n_tok = 40,
+                                          .n_out = 6,
+                                          .max_kv = 192,
+                                          .staged = plan->kv_backed,
+                                          .first = plan->kv_backed ? 70 : 0},
+                {.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 64}};
+            for (size_t j = 0; j < sizeof shapes / sizeof *shapes; j++) {
+                ps_ticks *t = NULL;
+                PS_CHECK_STATUS(ps_lower(plan, &shapes[j], &t, &err), PS_OK);
+                if (t == NULL) continue;
+                check_mutants(t, n_by_kind);
+                n_gathers += count_ops(t, PS_OP_GATHER_EXPERTS);
+                ps_ticks_destroy(t);
             }
-            ps_ticks_destroy(t);
             ps_plan_destroy(plan);
             close_fixture(&f);
         }
     ps_test_case("%s", "");
-    PS_CHECK(n_mutants > 500);
+    for (int k = PS_TICK_RECORD; k <= PS_TICK_FLAG_WAIT; k++) n_mutants += n_by_kind[k];
+    PS_CHECK(n_mutants > 500 && n_gathers > 20);
     for (int k = PS_TICK_RECORD; k <= PS_TICK_FLAG_WAIT; k++) PS_CHECK(n_by_kind[k] > 20);
 }
 
@@ -416,46 +433,117 @@ PS_TEST(looked_up_tokens_reach_the_gpu)
     close_fixture(&f);
 }
 
-/* What a pass of n tokens copies in for experts, and what its ops read from host memory. */
-static void expert_traffic(const ps_plan *plan, uint32_t tier, uint32_t n, uint64_t *copied,
-    uint64_t *read, uint64_t *of_moe)
+/* How experts reach the GPU in a pass. */
+typedef struct expert_traffic {
+    uint64_t copied;         /* before routing is known */
+    uint64_t gathered, read; /* over the bus: by gathers, by the ops on experts */
+    uint64_t of_moe;         /* all bytes of the ops on experts, on the GPU */
+    uint32_t n_gathers;
+    bool cpu_first; /* every layer's ops on the CPU are issued before its gather */
+} expert_traffic;
+
+static expert_traffic traffic_of(const ps_plan *plan, uint32_t tier, uint32_t n)
 {
     ps_ticks *t = NULL;
     ps_err err = {0};
-    *copied = *read = *of_moe = 0;
+    expert_traffic x = {.cpu_first = true};
+    int32_t gathered = -1; /* unit of the last gather */
     ps_pass_shape shape = {.tier = tier, .n_tok = n, .n_out = 1, .max_kv = 64};
     PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+    if (t != NULL) PS_CHECK_STATUS(ps_ticks_check(t, &err), PS_OK);
     for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
         const ps_tick *k = &t->tick[i];
         ps_cost cost = ps_tick_cost(t, i);
         bool expert = k->unit >= 0 && plan->model->units[k->unit].kind == PS_UNIT_EXPERT;
-        if (k->kind == PS_TICK_COPY_IN && expert) *copied += k->n_bytes;
-        if (k->op != PS_OP_MOVE) *read += cost.bus_bytes; /* those are hand-offs */
-        if (k->kind == PS_TICK_RUN && (k->op == PS_OP_MOE_UP || k->op == PS_OP_MOE_DOWN))
-            *of_moe += cost.bytes;
+        if (k->kind == PS_TICK_COPY_IN && expert) x.copied += k->n_bytes;
+        if (k->kind != PS_TICK_RUN) continue;
+        if (k->op == PS_OP_GATHER_EXPERTS) {
+            x.gathered += cost.bus_bytes;
+            x.n_gathers++;
+            gathered = k->unit;
+        } else if (k->op == PS_OP_MOE_UP || k->op == PS_OP_MOE_DOWN) {
+            if (k->stream == PS_STREAM_CPU) {
+                x.cpu_first = x.cpu_first && gathered != k->unit;
+            } else {
+                x.read += cost.bus_bytes;
+                x.of_moe += cost.bytes;
+            }
+        }
     }
     ps_ticks_destroy(t);
+    return x;
 }
 
-PS_TEST(few_tokens_read_streamed_experts_where_they_lie)
+/* Copied whole, gathered, or read by the kernels that use them: which, depends on the tokens of a
+ * pass and on the ring. */
+PS_TEST(few_tokens_move_only_routed_experts)
 {
     fixture f;
     if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
     apply_pattern(&f, FIRST_STREAMED);
     f.spec.kv_vram_tok = NULL;
-    ps_plan *plan = NULL;
-    ps_err err = {0};
-    uint64_t copied, read, of_moe;
-    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
     const ps_hparams *hp = &f.model->hp;
     uint32_t most = hp->n_expert / hp->n_expert_used / 2;
+    uint64_t image = 0, routed = 0; /* largest of an expert; of a token's experts in all layers */
+    for (uint32_t i = 0; i < hp->n_layer; i++) {
+        uint64_t n_bytes = f.model->units[f.model->layers[i].first_expert].n_bytes;
+        PS_CHECK(n_bytes % PS_WEIGHT_ALIGN == 0);
+        routed += hp->n_expert_used * n_bytes;
+        image = ps_max_u64(image, n_bytes);
+    }
+    for (int roomy = 0; roomy < 2; roomy++) {
+        /* Half the ring holds an expert; all of it, an image for each one that a token uses, or
+         * just not. */
+        f.spec.n_slots = 2;
+        uint64_t half = ps_div_up_u64(hp->n_expert_used * image, 2 * PS_ARENA_ALIGN);
+        f.spec.slot_bytes = (roomy ? half : half - 1) * PS_ARENA_ALIGN;
+        ps_plan *plan = NULL;
+        ps_err err = {0};
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+        if (plan == NULL) continue;
+        ps_test_case("%s ring", roomy ? "roomy" : "tight");
+        for (uint32_t n = 1; n <= most; n++) {
+            expert_traffic x = traffic_of(plan, n > 1, n);
+            bool gathers = roomy && n == 1;
+            PS_CHECK(x.copied == 0 && (x.n_gathers == hp->n_layer) == gathers);
+            PS_CHECK(gathers ? x.gathered == routed && x.read == 0 && x.of_moe > 0
+                             : x.gathered < routed && x.read > 0 && x.read <= x.of_moe);
+        }
+        expert_traffic x = traffic_of(plan, 1, most + 1);
+        PS_CHECK(x.copied > 0 && x.gathered == 0 && x.read == 0 && x.n_gathers == 0);
+        ps_plan_destroy(plan);
+    }
+    ps_test_case("%s", "");
+    close_fixture(&f);
+}
+
+/* Only streamed experts come over the bus, those of the CPU start before, and a layer without
+ * streamed ones gathers nothing. */
+PS_TEST(gathers_leave_out_what_is_elsewhere)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
+    apply_pattern(&f, FIRST_STREAMED);
+    f.spec.kv_vram_tok = NULL;
+    const ps_hparams *hp = &f.model->hp;
+    uint64_t n_bytes = 0; /* of all streamed experts */
+    for (uint32_t u = 0; u < f.model->n_units; u++) {
+        const ps_unit *x = &f.model->units[u];
+        if (x->kind != PS_UNIT_EXPERT) continue;
+        if (x->layer > 0 && (x->expert % 4 == 0 || x->expert % 4 == 3)) n_bytes += x->n_bytes;
+        place(&f, u,
+            x->layer == 0        ? PS_PLACE_VRAM
+            : x->expert % 4 == 1 ? PS_PLACE_CPU
+            : x->expert % 4 == 2 ? PS_PLACE_VRAM
+                                 : PS_PLACE_STREAM);
+    }
+    ps_plan *plan = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
     if (plan != NULL) {
-        expert_traffic(plan, 0, 1, &copied, &read, &of_moe);
-        PS_CHECK(copied == 0 && read == of_moe && read > 0);
-        expert_traffic(plan, 1, most, &copied, &read, &of_moe);
-        PS_CHECK(copied == 0 && read == of_moe);
-        expert_traffic(plan, 1, most + 1, &copied, &read, &of_moe);
-        PS_CHECK(copied > 0 && read == 0);
+        expert_traffic x = traffic_of(plan, 0, 1);
+        PS_CHECK(x.n_gathers == hp->n_layer - 1 && x.copied == 0 && x.read == 0 && x.cpu_first);
+        PS_CHECK(x.gathered == n_bytes * hp->n_expert_used / hp->n_expert); /* on average */
     }
     ps_plan_destroy(plan);
     close_fixture(&f);

@@ -194,6 +194,26 @@ def test_a_layers_experts_on_the_bus_and_on_the_cpu() -> None:
         assert np.array_equal(logits, answers[0][1])
 
 
+def test_tokens_of_a_pass_share_what_is_gathered(tmp_path: Path) -> None:
+    """Passes of few tokens, most of which want the same experts, whether a ring of that size holds all or not."""
+    shape = replace(find_model("tiny-qwen3moe"), n_layer=2, n_expert=32, n_expert_used=4)
+    synth(shape, tmp_path / "moe.gguf", fmt="q4_0", progress=False)
+    model, prompts = ps.Model(tmp_path / "moe.gguf"), ([7], [7, 7, 7], [7, 8, 7, 9])
+    image = max(unit.n_bytes for unit in model.units if unit.expert is not None)
+    placements = [share_experts(model, n_stream) for n_stream in (0, 20, 32)]
+    placements.append(replace(placements[-1], n_slots=2, slot_bytes=(image // 256 + 1) * 512))
+    answers, gathers = [], []
+    for placement in placements:
+        with open_plan(model, placement) as engine:
+            answers.append([engine.logits(prompt) for prompt in prompts])
+            ticks = [engine.plan.bind(model).ticks(len(prompt)) for prompt in prompts]
+        ops = _core.Plan.tick_names()[2]
+        gathers.append([sum(ops[i] == "gather_experts" for i in t["op"] if i >= 0) for t in ticks])
+    assert gathers == [[0, 0, 0], [2, 2, 2], [2, 2, 2], [2, 0, 0]]
+    for logits in answers[1:]:
+        assert all(np.array_equal(*pair) for pair in zip(logits, answers[0], strict=True))
+
+
 def test_bus_and_cpu_share_experts_at_once(tmp_path: Path) -> None:
     shape = replace(find_model("tiny-qwen3moe"), n_layer=1, n_embd=512, n_ff=2048, n_ff_dense=2048)
     synth(shape, tmp_path / "moe.gguf", fmt="f16", progress=False)
