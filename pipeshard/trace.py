@@ -60,6 +60,7 @@ _BUS_BOUND = 10
 # with the category that it is told under; in `chain` they are "compute", as their stream is.
 _TOLD_AS = {"gather": "h2d", "carry": "hand_off"}
 _CARRIES = "move"
+_OF_THE_SAME = 0.05  # by how much a time and the sum of its parts may differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -522,6 +523,8 @@ def compare(
     ):
         if measured and predicted:
             parts = _part(prediction, kind)
+            if abs(sum(parts.values()) - predicted) > _OF_THE_SAME * predicted:
+                parts = {}  # a plan's prediction is of a prompt of another length
             lines.append(
                 explain_difference(what, measured, predicted, parts, attributions.get(kind))
             )

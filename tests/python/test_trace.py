@@ -431,4 +431,6 @@ def test_runs_are_compared_with_predictions() -> None:
         assert lines[0] == "TTFT 1.100 s, predicted 1.000 s (+10%)"
         assert lines[1].startswith("a token 100.00 ms, predicted 80.00 ms (+25%)")
         assert ("CPU" in lines[1]) == (prediction is not None)
+    # parts of another time say nothing about this one
+    assert "CPU" not in compare(stats, {"decode": {"cpu": 0.2}}, found)[1]
     assert compare(stats | {"predicted_ttft_s": None, "tps": None}, None, {}) == []
