@@ -14,7 +14,7 @@ enum {
     MIN_SLICE_NS = 1000 * 1000,
     BATCH_NS = 2 * 1000 * 1000, /* of runs in a row between two looks at the clock */
     MAX_TIMES = 6,
-    MAX_LOAD_OPS = 512,   /* of a lane that is kept busy */
+    MAX_LOAD_OPS = 1024,  /* of a lane that is kept busy; more than a driver queues would block */
     PROBE_WORK = 2000000, /* FLOPs and bytes of the first run of an op whose speed is not known */
 };
 #define MIN_SHARE            (1.0 / 4096)
