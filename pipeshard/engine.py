@@ -27,7 +27,7 @@ from . import _core, openai, sched_policies
 from ._profile import Profile
 from ._progress import Bar
 from ._recorder import Recorder, TracedEngine
-from ._simulator import Simulator, as_profile, machine_profile
+from ._simulator import Simulator, as_profile
 from .emu import EmuDevice
 from .errors import (
     BusyError,
@@ -41,6 +41,7 @@ from .generate import Sampled, SamplingParams, Source, check_bool, check_int
 from .model import Model, check_path
 from .plan import Plan
 from .planner import MAX_CHUNK_TOK, N_GEN, N_PROMPT, Machine, Wishes, make_plan
+from .profiling import profile_for_engine
 from .sizes import format_bytes, parse_size
 from .tokenizer import Tokenizer
 
@@ -68,9 +69,10 @@ class Engine(TracedEngine):
     model: path of a GGUF file, or a Model that several engines share. device: "auto", "host", "emu", "cuda", "cuda:N"
     or an EmuDevice. vram: bytes or a size such as "4GiB", everything above the driver's own share counted; None: what
     is free. policy: a name (`pipeshard.policies()`), "module:name", or a policy itself. plan: a Plan or its file, which
-    then decides instead of policy, n_ctx, n_seq and kv. profile: of the machine, or its file. n_ctx 0: the model's own.
-    threads: of the CPU; None: all, but for one or two beside a GPU. locked_limit, ram_limit: of page-locked and of all
-    host memory. trace: record what passes do, for trace()."""
+    then decides instead of policy, n_ctx, n_seq and kv. profile: of the machine, or its file; None: measured on a GPU,
+    once, and kept; False: without measuring. n_ctx 0: the model's own. threads: of the CPU; None: all, but for one or
+    two beside a GPU. locked_limit, ram_limit: of page-locked and of all host memory. trace: record what passes do, for
+    trace()."""
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class Engine(TracedEngine):
         vram: int | str | None = None,
         policy: Any = "auto",
         plan: Plan | str | Path | None = None,
-        profile: Profile | str | Path | None = None,
+        profile: Profile | str | Path | Literal[False] | None = None,
         n_ctx: int = _DEFAULT_CTX,
         n_seq: int = 1,
         kv: Literal["f16", "q8_0"] = "f16",
@@ -103,7 +105,7 @@ class Engine(TracedEngine):
         n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
         self._threads = n_threads
         self._policy = sched_policies.get(policy)  # before anything is opened
-        known = as_profile(profile)
+        known = None if profile is False else as_profile(profile)
         self._traced = check_bool("trace", trace)
         wishes = _check_wishes(n_ctx, n_seq, kv)
         given = Plan.load(plan) if isinstance(plan, (str, Path)) else plan
@@ -136,8 +138,10 @@ class Engine(TracedEngine):
             )
             self._budget = budget if budget is not None else _free_budget(self._device)
             self._given, self._wishes = given, wishes
-            if known is None and self._device.kind != "host":
-                known = machine_profile(self._device.kind, emu)
+            if known is None:
+                known = profile_for_engine(
+                    self._model, self._device, n_threads, emu, self._budget, profile is not False
+                )
             self._simulator = None if known is None else Simulator(known, threads=n_threads)
             self._open(self._make_plan(given, wishes))
             self._check_limits(limits)

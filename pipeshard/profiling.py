@@ -22,18 +22,27 @@ from typing import Any
 from . import _core
 from ._profile import Profile, Sample
 from ._progress import Bar
+from ._simulator import machine_profile
 from ._version import __version__
 from .demo import cache_folder
 from .emu import EmuDevice
-from .errors import FileError, FormatError, PipeshardError, RequestError
+from .errors import (
+    DeviceError,
+    FileError,
+    FormatError,
+    HostMemoryError,
+    PipeshardError,
+    RequestError,
+)
 from .generate import check_int
 from .model import Model, check_path
 
-__all__ = ["machine_of", "profile", "profile_path", "stored_or_measured"]
+__all__ = ["machine_of", "profile", "profile_for_engine", "profile_path", "stored_or_measured"]
 
 # Of what is timed; the device must be opened for as much.
 MAX_TOK, MAX_KV = 2048, 8192
 _DEVICE_BYTES = 256 << 20
+_LEAST_BYTES = 16 << 20  # with less, hardly an op runs whole
 
 
 def profile(
@@ -181,14 +190,47 @@ def _keep(measured: Profile, path: Path) -> None:
 # ---- what an engine plans with ----
 
 
+def profile_for_engine(
+    model: Model,
+    device: _core.Device,
+    threads: int,
+    emu: EmuDevice | None,
+    budget_bytes: int,
+    may_measure: bool,
+) -> Profile | None:
+    """Of a device on which nothing runs yet. A GPU is measured once, within the engine's budget; of an emulated one all
+    is known; the CPU alone leaves nothing to decide."""
+    if device.kind == "host":
+        return None
+    wish = automatic() if may_measure and device.kind == "cuda" else False
+    if isinstance(wish, Profile):
+        return wish
+    if not wish or budget_bytes < _LEAST_BYTES:
+        return machine_profile(device.kind, emu)
+    try:
+        return stored_or_measured(
+            model,
+            device,
+            threads=threads or _core.default_threads(device.kind),
+            device_bytes=budget_bytes,
+        )
+    except (DeviceError, HostMemoryError) as error:
+        if isinstance(error, DeviceError) and error.fatal:
+            raise
+        warnings.warn(
+            f"this machine could not be measured ({error}); plans are made for a modest one",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return machine_profile(device.kind, emu)
+
+
 def automatic() -> Profile | bool:
     """PIPESHARD_PROFILE: what engines on a GPU do that are told nothing. "default": nothing is measured (False here);
     a profile's file or name: that one; unset: measured once (True here)."""
     wish = os.environ.get("PIPESHARD_PROFILE", "")
-    if wish == "":
-        return True
-    if wish == "default":
-        return False
+    if wish in ("", "default"):
+        return wish == ""
     try:
         return Profile.load(wish)
     except (FileError, FormatError) as error:

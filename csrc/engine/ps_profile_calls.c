@@ -212,6 +212,7 @@ static double cut_attn(ps_attn_args *a, double share)
     }
     double done = (double)left / groups;
     if (left == 1) a->n_tok = shrink(n_tok, share / done, 16);
+    a->n_after = (n_tok - a->n_tok) / 2; /* those in the middle: as many keys as all on average */
     return done * a->n_tok / n_tok;
 }
 

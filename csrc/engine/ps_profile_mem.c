@@ -417,7 +417,7 @@ static bool bind_positions(binder *b, uint64_t n, ps_dptr *out)
     if (b->call->op == PS_OP_ATTN) {
         uint32_t all = b->call->args.attn.n_tok;
         n_tok = b->args->attn.n_tok;
-        first = b->args->attn.max_kv - all + (all - n_tok) / 2;
+        first = b->args->attn.max_kv - all + (all - n_tok - b->args->attn.n_after);
     }
     for (uint64_t i = 0; pos != NULL && i < n; i++) pos[i] = (int32_t)(first + i % n_tok);
     return pos != NULL;

@@ -65,6 +65,16 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="of the CPU (default: all)")
     group.add_argument("--kv", default="f16", help="format of the KV cache: f16 or q8_0")
+    group.add_argument(
+        "--profile", metavar="FILE", help="of this machine (default: measured once, on a GPU)"
+    )
+    group.add_argument(
+        "--no-profile",
+        dest="profile",
+        action="store_const",
+        const=False,
+        help="plan without measuring",
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_tokens: int | None) -> None:
@@ -135,6 +145,7 @@ def open_engine(options: argparse.Namespace) -> Engine:
         n_ctx=n_ctx,
         threads=options.threads,
         kv=options.kv,
+        profile=options.profile,
         trace=getattr(options, "trace", None) is not None,
     )
     if engine.device == "emu":

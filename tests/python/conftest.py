@@ -12,6 +12,8 @@ import pytest
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 GOLDEN = DATA / "golden"
+# Engines of tests on a GPU plan without measuring it first; those that are about measuring say so.
+os.environ.setdefault("PIPESHARD_PROFILE", "default")
 # so that tests can `import reference`, the float64 judge beside the golden files
 sys.path.insert(0, str(DATA))
 

@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 import pipeshard as ps
 from pipeshard import _core, profiling
 from pipeshard.__main__ import main
+from pipeshard._profile import Sample, default_profile
 from pipeshard.cli.profile import _text
 
 SMALL = {"MAX_TOK": 8, "MAX_KV": 256, "_DEVICE_BYTES": 8 << 20}
@@ -172,6 +174,80 @@ def test_environment_decides_for_engines(
         profiling.automatic()
 
 
+class FakeGpu:
+    """As much of a device as the choice of a profile looks at."""
+
+    kind, name, sm, vram_total, cpu_variant = "cuda", "a GPU", 90, 1 << 33, "ref"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch, llama: str) -> Callable[..., ps.Profile | None]:
+    """What an engine on a GPU with this budget would plan with."""
+    monkeypatch.delenv("PIPESHARD_PROFILE")
+    model = ps.Model(llama)
+
+    def ask(budget: int = 1 << 30, may_measure: bool = True) -> ps.Profile | None:
+        device = cast(_core.Device, FakeGpu())
+        return profiling.profile_for_engine(model, device, 2, None, budget, may_measure)
+
+    return ask
+
+
+def test_engines_on_a_gpu_measure_once(
+    on_gpu: Callable[..., ps.Profile | None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[int] = []
+
+    def core_profile(*_: object, device_bytes: int, **__: object) -> list[tuple[object, ...]]:
+        calls.append(device_bytes)
+        return [("gpu", "norm", None, 1, 1, 1, 1e-6, 0, "idle", False)]
+
+    monkeypatch.setattr(_core, "profile", core_profile)
+    monkeypatch.setattr(profiling, "_DEVICE_BYTES", 256 << 20)
+    found = on_gpu(100 << 20)
+    assert found is not None
+    assert found.source == "measured"
+    assert on_gpu() == found
+    assert calls == [100 << 20]  # never more than the engine may take
+    assert on_gpu(may_measure=False) == on_gpu(1 << 20) == default_profile("cuda")
+    monkeypatch.setenv("PIPESHARD_PROFILE", "default")
+    assert on_gpu() == default_profile("cuda")
+    monkeypatch.setenv("PIPESHARD_PROFILE", "rtx4060-laptop-datasheet.json")
+    shipped = on_gpu()
+    assert shipped is not None
+    assert shipped.source == "datasheet"
+    assert calls == [100 << 20]
+
+
+def test_a_gpu_that_refuses_is_planned_for_all_the_same(
+    on_gpu: Callable[..., ps.Profile | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ps.DeviceError("no memory left")
+
+    def lose(*_: object, **__: object) -> None:
+        raise ps.DeviceError("lost", fatal=True)
+
+    monkeypatch.setattr(_core, "profile", refuse)
+    with pytest.warns(RuntimeWarning, match="no memory left"):
+        assert on_gpu() == default_profile("cuda")
+    monkeypatch.setattr(_core, "profile", lose)
+    with pytest.raises(ps.DeviceError):
+        on_gpu()
+
+
+def test_engines_take_profiles(llama: str, tmp_path: Path, measured: list[str]) -> None:
+    ps.Profile.load("rtx4060-laptop-datasheet.json").save(tmp_path / "p.json")
+    for given in (None, False, tmp_path / "p.json", ps.Profile.load(tmp_path / "p.json")):
+        with ps.Engine(llama, device="emu", vram="8MiB", n_ctx=128, profile=given) as engine:
+            assert len(engine.generate([1, 2, 3], max_tokens=2)) >= 0
+    assert measured == []  # what the emulator's clock charges is known
+    with pytest.raises(TypeError):
+        ps.Engine(llama, device="emu", profile=3)  # type: ignore[arg-type]
+    with pytest.raises(ps.FileError):
+        ps.Engine(llama, device="emu", profile="none.json")
+
+
 def test_ctrl_c_ends_it(llama: str, tmp_path: Path) -> None:
     script = (
         "import sys, signal, pipeshard as ps\n"
@@ -232,7 +308,5 @@ def test_command_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_table_of_profiles_that_hold_little() -> None:
     machine = {"cpu": "a CPU", "cpu_variant": "ref", "threads": 1}
-    alone = ps.Profile(
-        "measured", machine, None, (ps._profile.Sample("cpu", "norm", None, 1, 1, 1, 0.0),)
-    )
+    alone = ps.Profile("measured", machine, None, (Sample("cpu", "norm", None, 1, 1, 1, 0.0),))
     assert _text(alone)[0].startswith("a CPU")
