@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from . import _core
+from ._simulator import PassTime
 from ._version import __version__
 from .errors import RequestError
 from .model import Model
 from .plan import Plan
-from .trace import Attribution, Names, Trace
+from .trace import Attribution, Names, Trace, compare
 
 __all__ = ["Recorder", "Recording", "TracedEngine"]
 
@@ -77,6 +78,11 @@ class TracedEngine:
     """What Engine has of this."""
 
     _recorder: Recorder
+    _prediction: tuple[Any, PassTime, PassTime] | None
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        raise NotImplementedError
 
     @property
     def closed(self) -> bool:
@@ -123,3 +129,13 @@ class TracedEngine:
             self._recorder.check()
             trace = self._recorder.read(core)
         return trace.attribute(trace.last_run())
+
+    def explain_run(self) -> str:
+        """The last run beside what was predicted for it: TTFT and the time of a token, and, where it is recorded, in
+        which categories they differ. Empty where nothing ran or was predicted."""
+        stats = self.stats
+        parts: dict[str, Mapping[str, float]] = {}
+        if self._prediction is not None:
+            parts = {"prefill": self._prediction[1].held, "decode": self._prediction[2].held}
+        found = self.last_attribution() if self._recorder.recording else {}
+        return "\n".join(compare(stats, parts, found))

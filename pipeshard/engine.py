@@ -27,7 +27,7 @@ from . import _core, openai, sched_policies
 from ._profile import Profile
 from ._progress import Bar
 from ._recorder import Recorder, TracedEngine
-from ._simulator import Simulator, as_profile
+from ._simulator import PassTime, Simulator, as_profile
 from .emu import EmuDevice
 from .errors import (
     BusyError,
@@ -125,7 +125,7 @@ class Engine(TracedEngine):
         self._n_as_prompt = 0  # tokens at the sequence's beginning that ran as part of a prompt
         self._run_stats: Json = _no_run()
         self._simulator: Simulator | None = None
-        self._prediction: tuple[tuple[int, int, int], float, float] | None = None
+        self._prediction: tuple[tuple[int, int, int], PassTime, PassTime] | None = None
         self._last_core_stats: Json = {}
         chunk_tok = max(wishes.n_seq, min(MAX_CHUNK_TOK, wishes.n_ctx))
         if given is not None:
@@ -541,8 +541,9 @@ class Engine(TracedEngine):
                 n_gen=sizes[1],
                 first=sizes[2],
             )
-            self._prediction = (sizes, prompt.seconds, 1.0 / decode.seconds)
-        return {"predicted_ttft_s": self._prediction[1], "predicted_tps": self._prediction[2]}
+            self._prediction = (sizes, prompt, decode)
+        _, prompt, decode = self._prediction
+        return {"predicted_ttft_s": prompt.seconds, "predicted_tps": 1.0 / decode.seconds}
 
 
 class _Run:

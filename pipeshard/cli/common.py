@@ -15,7 +15,6 @@ from ..engine import Engine
 from ..errors import RequestError
 from ..model import Model
 from ..sizes import format_bytes
-from ..trace import compare
 
 __all__ = [
     "DEMO_VRAM",
@@ -157,7 +156,7 @@ def save_trace(engine: Engine, path: str | None) -> None:
     """Where --trace asked for it: the file, and for the person what held the passes up."""
     if path is None:
         return
-    last = engine.last_attribution()
+    beside = engine.explain_run()
     trace = engine.trace(path)
     note(f"trace: {len(trace.passes)} passes in {path}; open it at https://ui.perfetto.dev")
     last_run = trace.last_run()
@@ -170,8 +169,8 @@ def save_trace(engine: Engine, path: str | None) -> None:
         lines.append((row["stream"], row["op"], *numbers.split()))
     for text in table(lines, right=(2, 3, 4, 5)):
         note(f"  {text}")
-    for line in compare(engine.stats, engine.plan.predicted, last):
-        note(line)
+    if beside:
+        note(beside)
 
 
 def summary(engine: Engine) -> str:

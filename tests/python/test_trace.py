@@ -423,6 +423,19 @@ def test_differences_are_explained() -> None:
     assert line == "a token 100.00 ms, predicted 80.00 ms (+25%): CPU (DRAM) +20.00 ms"
 
 
+def test_a_run_is_set_beside_its_prediction(llama: str) -> None:
+    with open_engine(llama, None, device="emu", vram="1MiB") as engine:
+        assert engine.explain_run() == ""
+        engine.generate(PROMPT, max_tokens=5, temperature=0)
+        stats, lines = engine.stats, engine.explain_run().split("\n")
+        assert lines[0].startswith(f"TTFT {stats['ttft_s'] * 1e6:.1f} us, predicted ")
+        assert lines[1].startswith(f"a token {1e6 / stats['tps']:.1f} us, predicted ")
+        # the emulator's own rates were given: what is left are per cents
+        assert stats["predicted_ttft_s"] == pytest.approx(stats["ttft_s"], rel=0.2)
+        parts = sum(engine.last_attribution()["prefill"].chain.values())
+        assert parts == pytest.approx(stats["ttft_s"])
+
+
 def test_runs_are_compared_with_predictions() -> None:
     stats = {"ttft_s": 1.1, "tps": 10.0, "predicted_ttft_s": 1.0, "predicted_tps": 12.5}
     found = {"decode": replace(attribution("decode", 10, cpu=1.0), n_passes=10)}
