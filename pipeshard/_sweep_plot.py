@@ -5,6 +5,7 @@ Not here: rows (_sweep_rows.py). Threads: as matplotlib.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,15 @@ __all__ = ["plot"]
 
 _PANEL = ("model", "device", "n_prompt", "threads")  # what gets a row of panels of its own
 _MARKERS = "osD^vP*X<>hp"
-_MAX_TICKS = 9
+_MAX_TICKS = 7  # of budgets, side by side
 _LOG_FROM = 6.0  # largest value over smallest, from which a scale is logarithmic
 _SCALES = ((1.0, "s"), (1e3, "ms"), (1e6, "µs"))
 
 
 def plot(rows: Iterable[Row]) -> Any:
     """A matplotlib Figure. RequestError where there is nothing to draw, UnsupportedError without matplotlib."""
+    rows = list(rows)
+    order = dict.fromkeys(row["policy"] for row in rows)
     drawn = [row for row in rows if row["error"] is None and row["vram_bytes"] is not None]
     if not drawn:
         raise RequestError("the sweep has no row with a budget and a result", argument="rows")
@@ -35,7 +38,7 @@ def plot(rows: Iterable[Row]) -> Any:
             'plots need matplotlib: pip install "pipeshard[plot]"', what="plot"
         ) from error
     panels = list(dict.fromkeys(tuple(row[name] for name in _PANEL) for row in drawn))
-    policies = list(dict.fromkeys(row["policy"] for row in drawn))
+    policies = [name for name in order if any(row["policy"] == name for row in drawn)]
     styles = {policy: _style(i, plt) for i, policy in enumerate(policies)}
     figure, axes = plt.subplots(
         len(panels), 2, figsize=(10, 0.7 + 3.3 * len(panels)), squeeze=False, layout="constrained"
@@ -43,7 +46,7 @@ def plot(rows: Iterable[Row]) -> Any:
     plt.close(figure)  # it is the caller's, not pyplot's: a notebook would show it twice
     for pair, panel in zip(axes, panels, strict=True):
         mine = [row for row in drawn if tuple(row[name] for name in _PANEL) == panel]
-        pair[0].set_title(_title(panel), loc="left", fontsize="medium")
+        pair[0].set_title(_title(panel), loc="left", fontsize="medium", pad=12)
         _draw_ttft(pair[0], mine, styles)
         _draw(pair[1], mine, styles, "tps", 1.0)
         pair[1].set_ylabel("TPS (tokens/s)")
@@ -56,11 +59,14 @@ def plot(rows: Iterable[Row]) -> Any:
 
 
 def _style(i: int, plt: Any) -> dict[str, Any]:
+    """The first lines are the broadest, so that one shows where another runs along it."""
     colors = plt.get_cmap("tab10").colors
     return {
         "color": colors[i % len(colors)],
         "marker": _MARKERS[i % len(_MARKERS)],
         "linestyle": "-" if i < len(colors) else "--",
+        "linewidth": max(1.2, 3.0 - 0.5 * i),
+        "markersize": max(4.0, 8.0 - i),
     }
 
 
@@ -99,7 +105,7 @@ def _draw(
             [row[f"{name}_hi"] * factor - at for at, row in zip(y, points, strict=True)],
         ]
         x = [row["vram_bytes"] for row in points]
-        ax.errorbar(x, y, spread, label=policy, markersize=5, capsize=2, linewidth=1.5, **style)
+        ax.errorbar(x, y, spread, label=policy, capsize=2, **style)
         shown += y
     bound = {row["vram_bytes"]: row[f"bound_{value}"] for row in rows if row[f"bound_{value}"]}
     if bound:
@@ -132,15 +138,24 @@ def _set_log_ticks(ax: Any) -> None:
 def _set_budgets(ax: Any, budgets: Sequence[int]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    if len(budgets) > 1 and budgets[0] > 0 and budgets[-1] >= 4 * budgets[0]:
+    is_log = len(budgets) > 1 and budgets[0] > 0 and budgets[-1] >= 4 * budgets[0]
+    if is_log:
         ax.set_xscale("log", base=2)
-    step = -(-len(budgets) // _MAX_TICKS)
-    ticks = list(budgets[::-1][::step][::-1])  # the largest always
+    ticks = _apart([math.log(n) for n in budgets] if is_log else budgets, budgets)
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _budget_text(int(value))))
-    ax.tick_params(axis="x", labelrotation=30 if len(ticks) > 5 else 0)
     ax.set_xlabel("VRAM budget")
+
+
+def _apart(places: Sequence[float], budgets: Sequence[int]) -> list[int]:
+    """Those of the budgets whose labels do not run into each other, the largest among them."""
+    gap = (places[-1] - places[0]) / _MAX_TICKS
+    kept = [len(budgets) - 1]
+    for i in range(len(budgets) - 2, -1, -1):
+        if places[kept[-1]] - places[i] >= gap:
+            kept.append(i)
+    return [budgets[i] for i in sorted(kept)]
 
 
 def _budget_text(n_bytes: int) -> str:

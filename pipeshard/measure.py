@@ -110,13 +110,23 @@ class Meter:
                 core.append(_SEQ, tokens[i : i + 1])
                 sampler.next(core)
             last, wall_last = core.clock_ns(), time.perf_counter()
-        return Run(
+        run = Run(
             ttft_s=(first - start) * 1e-9,
             tps=(n_gen - 1) / ((last - first) * 1e-9) if last > first else None,
             n_gen=n_gen,
             wall_prompt_s=wall_first - wall_start,
             wall_decode_s=wall_last - wall_first,
         )
+        self._engine._run_stats |= {  # as of any other run
+            "n_prompt": n_prompt,
+            "n_cached": 0,
+            "n_gen": n_gen,
+            "ttft_s": run.ttft_s,
+            "tps": run.tps,
+            "e2e_s": (last - start) * 1e-9,
+            "wall_s": wall_last - wall_start,
+        }
+        return run
 
     def median_run(self, n_prompt: int, n_gen: int, repeats: int, limit_s: float) -> Summary:
         """Several runs behind one that warms up. Of wall time they take about `limit_s` at most: where tokens are slow

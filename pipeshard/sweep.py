@@ -3,6 +3,7 @@ number of threads.
 
 What is measured on a clock of this machine (a GPU, the CPU) runs here, a cell at a time, over one Model. What is only
 computed (emulated and simulated cells) may go to any executor of the kind that `concurrent.futures` defines.
+Simulated cells, device "simulate", open no device and read no weights: their seconds follow from a profile.
 
 Not here: how a cell is timed (measure.py), what is done with rows (_sweep_rows.py, _sweep_plot.py).
 Threads: a sweep belongs to the thread that calls it.
@@ -26,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from . import _core, sched_policies
+from ._profile import Profile
 from ._progress import Bar
+from ._simulator import as_profile
 from ._sweep_rows import COLUMNS, Row, Store, Sweep, key_of
 from ._version import __version__
 from .emu import EmuDevice
@@ -36,11 +39,16 @@ from .generate import check_int
 from .measure import Meter, Summary
 from .model import Model, check_path
 from .plan import Plan
+from .sched_policies import Prediction
+from .simulate import simulate
 from .sizes import parse_size
 
 __all__ = ["Sweep", "sweep"]
 
-_DEVICES = "auto, host, emu, cuda or cuda:N"
+_SIMULATE = "simulate"
+_TIMES = ("ttft_s", "ttft_lo", "ttft_hi", "tps", "tps_lo", "tps_hi")
+_BOUNDS = ("bound_ttft_s", "bound_tps")
+_DEVICES = "auto, host, emu, cuda, cuda:N or simulate"
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class _Cell:
     policy: Any
     threads: int | None
     device: str | EmuDevice
+    label: str  # of the device, in rows
+    profile: Profile | None
     n_ctx: int
     n_gen: int
     repeats: int
@@ -65,8 +75,8 @@ class _Cell:
 
     @property
     def is_computed(self) -> bool:
-        """Its seconds are those of a virtual clock, whatever else the machine does meanwhile."""
-        return isinstance(self.device, EmuDevice) or self.device == "emu"
+        """Its seconds are the same whatever else the machine does meanwhile."""
+        return isinstance(self.device, EmuDevice) or self.device in ("emu", _SIMULATE)
 
     def row(self) -> Row:
         """With everything that is known beforehand."""
@@ -77,8 +87,12 @@ class _Cell:
             "n_prompt": self.n_prompt,
             "policy": sched_policies.name_of(self.policy),
             "threads": self.threads,
-            "device": _device_label(self.device),
-            "source": "emulated" if self.is_computed else "measured",
+            "device": self.label,
+            "source": "simulated"
+            if self.device == _SIMULATE
+            else "emulated"
+            if self.is_computed
+            else "measured",
             "n_ctx": self.n_ctx,
             "commit": _commit(),
             "version": __version__,
@@ -99,6 +113,7 @@ def sweep(
     out: str | os.PathLike[str] | None = None,
     executor: Executor | int | None = None,
     one_worker_a_device: bool = False,
+    profile: Profile | str | Path | None = None,
     n_ctx: int | None = None,
     cell_s: float = 60.0,
     seed: int = 0,
@@ -106,9 +121,11 @@ def sweep(
     """Times every combination of models, budgets, prompt lengths (`contexts`), policies and threads. A cell that fails
     is a row with its `error`, and the sweep goes on.
 
-    budgets: bytes or sizes such as "4GiB"; None: what is free. policies: as Engine takes them. n_gen: tokens generated
-    behind each prompt. repeats: runs behind one that warms up; the row has their medians. n_ctx: of the engines; None:
-    what prompt and answer take. cell_s: wall seconds that a cell's runs may take; then fewer tokens are generated.
+    budgets: bytes or sizes such as "4GiB"; None: what is free. policies: as Engine takes them. device: as Engine takes
+    it, or "simulate": no device at all, but what `simulate` predicts. profile: what predictions go by. n_gen: tokens
+    generated behind each prompt. repeats: runs behind one that warms up; the row has their medians. n_ctx: of the
+    engines; None: what prompt and answer take. cell_s: wall seconds that a cell's runs may take; then fewer tokens are
+    generated.
 
     out: a .csv or .jsonl file that each row is added to once it is there; cells that the file has without an error are
     not run again. executor: runs emulated cells; an int: as many new processes. Cells on a GPU or on the CPU alone are
@@ -117,6 +134,7 @@ def sweep(
     repeats, n_gen = check_int("repeats", repeats, 1), check_int("n_gen", n_gen, 1)
     if cell_s <= 0:
         raise RequestError(f"cell_s must be above 0, not {cell_s}", argument="cell_s")
+    known = as_profile(profile)
     cells = [
         _Cell(
             model=model,
@@ -124,7 +142,9 @@ def sweep(
             n_prompt=n_prompt,
             policy=policy,
             threads=n_threads,
-            device=_find_device(device, vram is not None),
+            device=(found := _find_device(device, vram is not None)),
+            label=_device_label(found, profile),
+            profile=known,
             n_ctx=n_prompt + n_gen if n_ctx is None else check_int("n_ctx", n_ctx, 1),
             n_gen=n_gen,
             repeats=repeats,
@@ -256,7 +276,10 @@ def _run_cell(cell: _Cell) -> Row:
     start, row = time.perf_counter(), cell.row()
     try:
         model, row["model_sha"] = _opened_model(cell)
-        _time_engine(cell, model, row)
+        if cell.device == _SIMULATE:
+            _predict_engine(cell, model, row)
+        else:
+            _time_engine(cell, model, row)
     except Exception as error:
         row["error"] = _error_text(error)
     row["wall_s"] = time.perf_counter() - start
@@ -269,20 +292,59 @@ def _time_engine(cell: _Cell, model: Model, row: Row) -> None:
         device=cell.device,
         vram=cell.vram,
         policy=cell.policy,
+        profile=cell.profile,
         n_ctx=cell.n_ctx,
         threads=cell.threads,
     ) as engine:
         row["plan_sha"] = plan_sha(engine.plan)
         meter = Meter(engine, cell.seed)
-        _put_times(row, meter.median_run(cell.n_prompt, cell.n_gen, cell.repeats, cell.limit_s))
-        stats = engine.stats
-        for name in ("peak_bytes", "predicted_ttft_s", "predicted_tps"):
-            row[name] = stats[name]
+        times = meter.median_run(cell.n_prompt, cell.n_gen, cell.repeats, cell.limit_s)
+        _put(row, times, *_TIMES)
+        row["n_gen"], row["repeats"] = times.n_gen, times.repeats
+        row["peak_bytes"] = engine.stats["peak_bytes"]
+        if engine.device != "host":
+            found = _predicted(engine, cell.n_prompt, times.n_gen)
+            row["predicted_ttft_s"], row["predicted_tps"] = found.ttft_s, found.tps
+            _put(row, found, *_BOUNDS)
 
 
-def _put_times(row: Row, times: Summary) -> None:
-    for name in ("ttft_s", "ttft_lo", "ttft_hi", "tps", "tps_lo", "tps_hi", "n_gen", "repeats"):
-        row[name] = getattr(times, name)
+def _predicted(engine: Engine, n_prompt: int, n_gen: int) -> Prediction:
+    """What the engine's plan is predicted to take for these sizes."""
+    assert engine._simulator is not None
+    return engine._simulator.predict(
+        engine.model,
+        engine.plan.bind(engine.model),
+        n_ctx=engine.n_ctx,
+        budget_bytes=engine.plan.budget_bytes,
+        n_prompt=n_prompt,
+        n_gen=n_gen,
+    )
+
+
+def _predict_engine(cell: _Cell, model: Model, row: Row) -> None:
+    if cell.vram is None:
+        raise RequestError("a simulated engine needs a budget", argument="budgets")
+    found = simulate(
+        model,
+        vram=cell.vram,
+        policy=cell.policy,
+        profile=cell.profile,
+        n_ctx=cell.n_ctx,
+        n_prompt=cell.n_prompt,
+        n_gen=cell.n_gen,
+        threads=cell.threads,
+    )
+    _put(row, found, *_TIMES, *_BOUNDS)
+    row["n_gen"] = cell.n_gen
+    row["plan_sha"] = plan_sha(found.plan)
+    row["peak_bytes"] = found.plan.needed_bytes
+    row["predicted_ttft_s"], row["predicted_tps"] = found.ttft_s, found.tps
+    row["source"] = f"simulated ({found.source} profile)"
+
+
+def _put(row: Row, found: Summary | Prediction, *names: str) -> None:
+    for name in names:
+        row[name] = getattr(found, name)
 
 
 def _error_text(error: BaseException) -> str:
@@ -378,13 +440,27 @@ def _find_device(device: str | EmuDevice, has_budget: bool) -> str | EmuDevice:
         raise TypeError(f"device must be a name or an EmuDevice, not {type(device).__name__}")
     if device == "auto":
         return "cuda" if _core.cuda_status()[0] else "emu" if has_budget else "host"
-    if device not in ("host", "emu", "cuda") and not device.startswith("cuda:"):
+    if device not in ("host", "emu", "cuda", _SIMULATE) and not device.startswith("cuda:"):
         raise RequestError(f"device must be {_DEVICES}, not {device!r}", argument="device")
     return device
 
 
-def _device_label(device: str | EmuDevice) -> str:
-    """Emulated GPUs that differ have labels that differ."""
+def _device_label(device: str | EmuDevice, profile: Any) -> str:
+    """Emulated GPUs that differ, and simulated ones, have labels that differ."""
+    if device == _SIMULATE:
+        return f"{_SIMULATE}:{_profile_label(profile)}"
     if isinstance(device, str) or device == EmuDevice():
         return "emu" if isinstance(device, EmuDevice) else device
-    return f"emu:{hashlib.sha256(repr(device).encode()).hexdigest()[:6]}"
+    return f"emu:{_short_hash(repr(device))}"
+
+
+def _profile_label(profile: Any) -> str:
+    if profile is None:
+        return "here"
+    if isinstance(profile, Profile):
+        return _short_hash(json.dumps(profile.to_dict(), sort_keys=True))
+    return Path(profile).stem
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:6]

@@ -19,6 +19,8 @@ from .common import note, read_numbers
 
 __all__ = ["add_parser"]
 
+_NOTES = {"emulated": "device: an emulated GPU, computed by the CPU; its times are simulated"}
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
@@ -50,7 +52,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("-t", "--threads", metavar="N,...", help="of the CPU (default: all)")
     parser.add_argument(
-        "--device", default="auto", metavar="KIND", help="auto, host, emu, cuda or cuda:N"
+        "--device",
+        default="auto",
+        metavar="KIND",
+        help="auto, host, emu, cuda or cuda:N; simulate: predict only",
+    )
+    parser.add_argument(
+        "--profile", metavar="FILE", help="of the machine that is predicted (default: this one)"
     )
     parser.add_argument(
         "-n",
@@ -92,6 +100,7 @@ def run(options: argparse.Namespace) -> int:
         _policies(options.policy),
         [None] if options.threads is None else read_numbers("threads", options.threads),
         device=options.device,
+        profile=options.profile,
         n_gen=options.gen,
         repeats=options.repeats,
         out=options.out,
@@ -103,8 +112,8 @@ def run(options: argparse.Namespace) -> int:
     n_failed = sum(row["error"] is not None for row in rows)
     if options.plot is not None and n_failed < len(rows):
         rows.plot(options.plot)
-    if any(row["source"] == "emulated" for row in rows):
-        note("device: an emulated GPU, computed by the CPU; its times are simulated")
+    for source in sorted({row["source"] for row in rows} - {"measured"}):
+        note(_NOTES.get(source, f"nothing ran: all times are {source}"))
     return 1 if n_failed == len(rows) else 0
 
 

@@ -181,6 +181,7 @@ def test_a_device_that_fails_spoils_its_cell_alone(llama: str) -> None:
         (ps.RequestError, "out", {"out": "rows.xlsx"}),
         (ps.RequestError, "executor", {"executor": 0}),
         (ps.FileError, "none/x.csv", {"out": "none/x.csv"}),
+        (ps.FileError, "no_such.json", {"profile": "no_such.json"}),
         (TypeError, "models", {"models": 3}),
         (TypeError, "device", {"device": 3}),
     ],
@@ -190,6 +191,82 @@ def test_mistakes_of_the_call(
 ) -> None:
     with pytest.raises(error, match=words):
         ps.sweep(**{"models": llama, "budgets": "1MiB"} | FAST | changes)
+
+
+# ---- policies and predictions ----
+
+OUTSIDE = """
+from pipeshard import Placement
+
+class HeadFirst:
+    def place(self, ctx):
+        best = None
+        order = [unit.name for unit in reversed(ctx.units)]
+        for n in range(len(order) + 1):
+            places = {name: "vram" if i < n else "cpu" for i, name in enumerate(order)}
+            placement = Placement({tier.name: places for tier in ctx.tiers}, n_slots=0)
+            if not ctx.fits(placement):
+                break
+            best = placement
+        return best
+"""
+
+
+def test_a_policy_from_outside_the_package(
+    llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its dotted path, by its file, and as a class; in other processes too."""
+    (tmp_path / "my_mod.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(tmp_path)
+    import my_mod
+
+    with ps.Engine(
+        llama, device="emu", vram="400KiB", n_ctx=20, policy="my_mod:HeadFirst"
+    ) as engine:
+        assert engine.plan.places["decode"]["head"] == "vram"
+        assert engine.plan.places["decode"]["embed"] == "cpu"
+    given = ["my_mod:HeadFirst", f"{tmp_path}/my_mod.py:HeadFirst", my_mod.HeadFirst, "auto"]
+    rows = ps.sweep(llama, "400KiB", policies=given, **FAST)
+    assert [row["error"] for row in rows] == [None] * 4
+    assert [row["policy"] for row in rows] == [*given[:2], "head_first", "auto"]
+    assert len({row["plan_sha"] for row in rows}) == 2
+    sent = ps.sweep(llama, "400KiB", policies=given[:1], executor=1, **FAST)
+    assert same(sent) == same(rows[:1])
+
+
+def test_every_policy_in_one_sweep(moe: str) -> None:
+    rows = ps.sweep(moe, "1200KiB", policies=ps.policies(), **FAST)
+    assert [row["policy"] for row in rows] == ps.policies()
+    fitting = {row["policy"] for row in rows if row["error"] is None}
+    assert {"auto", "static_attn"} <= fitting
+    assert "full_gpu" not in fitting
+
+
+def test_rows_have_predictions_and_bounds(llama: str) -> None:
+    """For the prompt and answer of the cell. On the emulated GPU, whose clock the predictions go by, they hold."""
+    rows = ps.sweep(llama, ["300KiB", "600KiB"], **FAST | {"contexts": (16, 64), "n_gen": 8})
+    for row in rows:
+        assert row["predicted_ttft_s"] == pytest.approx(row["ttft_s"], rel=0.1)
+        assert row["predicted_tps"] == pytest.approx(row["tps"], rel=0.1)
+        assert row["bound_ttft_s"] < row["ttft_s"]
+        assert row["bound_tps"] > row["tps"]
+
+
+def test_simulated_cells(moe: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"contexts": (64,), "n_gen": 8, "device": "simulate"}
+    profile, out = "rtx4060-laptop-datasheet.json", tmp_path / "rows.csv"
+    rows = ps.sweep(moe, ["1MiB", 0], profile=profile, out=out, **options)
+    row = rows[0]
+    found = ps.simulate(moe, vram="1MiB", profile=profile, n_ctx=72, n_prompt=64, n_gen=8)
+    assert (row["ttft_s"], row["tps"]) == (found.ttft_s, found.tps)
+    assert row["ttft_lo"] < row["ttft_s"] < row["ttft_hi"]
+    assert row["device"] == "simulate:rtx4060-laptop-datasheet"
+    assert row["source"] == "simulated (datasheet profile)"
+    assert 0 < row["peak_bytes"] <= 1 << 20
+    assert rows[1]["error"].startswith("BudgetError")
+    assert list(ps.sweep(moe, "1MiB", profile=profile, out=out, **options)) == [row]
+    assert ps.sweep(moe, "1MiB", **options)[0]["device"] == "simulate:here"
+    assert "budget" in ps.sweep(moe, None, **options)[0]["error"]
 
 
 # ---- files ----
@@ -477,6 +554,26 @@ def test_command(capsys: pytest.CaptureFixture[str], llama: str, moe: str, tmp_p
     assert main([*args, "--csv"]) == 0
     assert capsys.readouterr().out.splitlines()[0].split(",") == list(_sweep_rows.COLUMNS)
     assert len(out.read_text().splitlines()) == 5  # the later two ran nothing
+
+
+def test_the_command_predicts(capsys: pytest.CaptureFixture[str], moe: str) -> None:
+    args = [
+        "sweep",
+        moe,
+        "--vram",
+        "1MiB,2MiB",
+        "-p",
+        "64",
+        "-n",
+        "8",
+        "--policy",
+        "auto,static_attn",
+    ]
+    args += ["--device", "simulate", "--profile", "rtx4060-laptop-datasheet.json"]
+    assert main(args) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 5
+    assert "nothing ran: all times are simulated (datasheet profile)" in captured.err
 
 
 @pytest.mark.parametrize(
