@@ -34,8 +34,8 @@ const char *ps_sample_load_name(ps_sample_load kind); /* "idle", "h2d", "d2h", "
 
 /* One thing that was timed. `op`:
  *   gpu, cpu  ps_op_name of what ran back to back, so that on a GPU the gap behind it is included
- *   h2d, d2h  "copy", of several in a row; h2d also "gather": an op that reads its weights from
- *             locked memory over the bus
+ *   h2d, d2h  "copy", of several in a row; h2d also "gather": the op that gathers experts from
+ *             locked memory, or in models without, one that reads its weights there
  *   fixed     "flag": half of a round trip between GPU and CPU; "launch" and "copy": the engine's
  *             thread enqueues one; "pass": to start one and to wait for its end, beside its ops.
  * Ops of few tokens run in graphs, as in passes, so a node costs nothing beside its sample. */

@@ -333,8 +333,8 @@ static const op_call *find_small_call(const op_calls *calls)
     return best;
 }
 
-/* An op that reads its weights from locked memory: how fast the accelerator gathers what lies
- * scattered there. */
+/* An op that reads its weights, or images of experts, from locked memory: how fast the accelerator
+ * gathers what lies scattered there. */
 static ps_status time_gather(profiler *p, const op_call *call, load beside, ps_err *err)
 {
     run_lane lane = p->lanes[0];
@@ -386,11 +386,19 @@ ps_status ps_profile_time_contention(profiler *p, ps_err *err)
         if (cpus[i].main_call == NULL) continue;
         TRY(time_copy(p, true, p->copies[0].piece, p->copy_piece, cpu, err));
     }
-    const op_call *small = find_small_call(&p->calls[PS_SIDE_DEV]);
-    TRY(time_gather(p, gpu->main_call, nothing, err));
-    TRY(time_gather(p, small != gpu->main_call ? small : NULL, nothing, err));
+    /* What passes gather most: a token's experts, or one of them, where there are any; else other
+     * weights, since whatever an op reads there comes at about the same rate. */
+    const op_call *all = gpu->main_call, *small = find_small_call(&p->calls[PS_SIDE_DEV]);
+    op_call experts, expert;
+    if (ps_profile_gather_call(p->model, p->model->hp.n_expert_used, &experts)) {
+        ps_profile_gather_call(p->model, 1, &expert);
+        all = &experts;
+        small = &expert;
+    }
+    TRY(time_gather(p, all, nothing, err));
+    TRY(time_gather(p, small != all ? small : NULL, nothing, err));
     if (cpus->main_call == NULL) return PS_OK;
-    TRY(time_gather(p, gpu->main_call, (load){PS_LOAD_CPU, cpus}, err));
+    TRY(time_gather(p, all, (load){PS_LOAD_CPU, cpus}, err));
     TRY(ps_profile_step(p, err));
     return time_copy(p, false, p->copies[1].piece, p->copy_piece, (load){PS_LOAD_CPU, cpus}, err);
 }

@@ -172,6 +172,32 @@ ps_status ps_profile_collect(const ps_model *model, ps_side side, int sm, uint32
     return PS_OK;
 }
 
+bool ps_profile_gather_call(const ps_model *model, uint32_t k, op_call *out)
+{
+    static const ps_dptr given = {1};
+    uint64_t image_bytes = 0;
+    for (uint32_t i = 0; i < model->n_units; i++)
+        if (model->units[i].kind == PS_UNIT_EXPERT)
+            image_bytes = ps_max_u64(image_bytes, model->units[i].n_bytes);
+    *out = (op_call){.op = PS_OP_GATHER_EXPERTS, .side = PS_SIDE_DEV, .work = {.fmt = -1}};
+    out->args.gather_experts = (ps_gather_experts_args){.ids = given,
+        .mapped = given,
+        .resident = given,
+        .slots = given,
+        .gate_ptrs = given,
+        .up_ptrs = given,
+        .down_ptrs = given,
+        .image_bytes = ps_div_up_u64(image_bytes, PS_WEIGHT_ALIGN) * PS_WEIGHT_ALIGN,
+        .n_tok = 1,
+        .k = k,
+        .n_expert = model->hp.n_expert};
+    ps_cost cost = ps_op_cost(out->op, &out->args);
+    out->work.n_tok = 1;
+    out->work.bytes = cost.bytes;
+    out->work.bus_bytes = cost.bus_bytes;
+    return image_bytes > 0;
+}
+
 /* ---- cutting ---- */
 
 static uint32_t shrink(uint32_t n, double share, uint32_t step)
@@ -239,6 +265,14 @@ static double cut_long(uint64_t *n, double share)
     return (double)*n / (double)all;
 }
 
+/* Images become smaller. */
+static double cut_gather(ps_gather_experts_args *a, double share)
+{
+    uint64_t all = a->image_bytes, n = (uint64_t)((double)all * share / PS_WEIGHT_ALIGN) + 1;
+    a->image_bytes = ps_min_u64(all, n * PS_WEIGHT_ALIGN);
+    return (double)a->image_bytes / (double)all;
+}
+
 double ps_profile_cut(const op_call *call, double share, ps_op_args *out)
 {
     *out = call->args;
@@ -262,7 +296,7 @@ double ps_profile_cut(const op_call *call, double share, ps_op_args *out)
     case PS_OP_ADD: return cut_long(&out->add.n, share);
     case PS_OP_SOFTCAP: return cut_long(&out->softcap.n, share);
     case PS_OP_MOVE: return cut_long(&out->move.n, share);
-    case PS_OP_GATHER_EXPERTS: /* of plans that stream: none of these */
+    case PS_OP_GATHER_EXPERTS: return cut_gather(&out->gather_experts, share);
     case PS_OP_COUNT: break;
     }
     return 1;

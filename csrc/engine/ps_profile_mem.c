@@ -210,6 +210,8 @@ typedef enum content { /* of an operand; those not listed below are floats */
     WEIGHTS,
     EXPERTS,       /* a table of addresses */
     OTHER_EXPERTS, /* where only whether there is an address counts */
+    IMAGES,        /* a table of addresses of whole experts */
+    NO_IMAGES,     /* the same, all null */
     TOKENS,
     ROUTES, /* ids; order and starts come with them */
     ORDER,
@@ -245,6 +247,9 @@ static const struct {
     {PS_OP_ATTN, WEIGHTS, AT(attn, kv.v)},
     {PS_OP_ATTN, PAGES, AT(attn, kv.table)},
     {PS_OP_ATTN, NO_CONTENT, AT(attn, ws)},
+    {PS_OP_GATHER_EXPERTS, ROUTES, AT(gather_experts, ids)},
+    {PS_OP_GATHER_EXPERTS, IMAGES, AT(gather_experts, mapped)},
+    {PS_OP_GATHER_EXPERTS, NO_IMAGES, AT(gather_experts, resident)},
     {PS_OP_MOE_UP, ROUTES, AT(moe_up, ids)},
     {PS_OP_MOE_UP, ORDER, AT(moe_up, order)},
     {PS_OP_MOE_UP, STARTS, AT(moe_up, starts)},
@@ -341,6 +346,9 @@ typedef struct expert_shape {
 
 static expert_shape experts_of(ps_op_kind op, const ps_op_args *a)
 {
+    if (op == PS_OP_GATHER_EXPERTS)
+        return (expert_shape){
+            a->gather_experts.n_expert, a->gather_experts.n_tok, a->gather_experts.k, 0, 0};
     if (op == PS_OP_MOE_UP)
         return (expert_shape){
             a->moe_up.n_expert, a->moe_up.n_tok, a->moe_up.k, a->moe_up.n_ff, a->moe_up.n_cols};
@@ -378,6 +386,19 @@ static bool bind_any_experts(binder *b, ps_dptr *out)
     for (uint32_t i = 0; table != NULL && i < e.n_expert; i++)
         table[i] = b->m->base[AREA_WEIGHTS].a;
     return table != NULL;
+}
+
+/* Side by side in the weights' area, whatever it holds. */
+static bool bind_images(binder *b, bool given, ps_dptr *out)
+{
+    const ps_gather_experts_args *a = &b->args->gather_experts;
+    uint64_t n_slots = b->m->n_bytes[AREA_WEIGHTS] / a->image_bytes;
+    uint64_t *table = (uint64_t *)(void *)take_ints(b, 2ull * a->n_expert, out);
+    if (n_slots == 0 || table == NULL) return false;
+    for (uint32_t i = 0; i < a->n_expert; i++)
+        table[i] =
+            given ? ps_dptr_add(b->m->base[AREA_WEIGHTS], i % n_slots * a->image_bytes).a : 0;
+    return true;
 }
 
 /* k different experts for each token, all equally likely; and the lists by expert. */
@@ -444,7 +465,8 @@ static bool bind_operand(binder *b, const ps_operand *o, ps_dptr *out)
 {
     uint64_t n = o->n_bytes / sizeof(int32_t);
     content what = content_of(b->call->op, o->offset);
-    if ((what == EXPERTS || what == OTHER_EXPERTS) && b->first != NULL) {
+    bool is_table = what == EXPERTS || what == OTHER_EXPERTS || what == IMAGES || what == NO_IMAGES;
+    if (is_table && b->first != NULL) {
         memcpy(out, (const char *)b->first + o->offset, sizeof *out);
         return true;
     }
@@ -457,6 +479,8 @@ static bool bind_operand(binder *b, const ps_operand *o, ps_dptr *out)
         return bind_table(b, o->n_bytes, out);
     case EXPERTS: return bind_experts(b, o->offset, out);
     case OTHER_EXPERTS: return bind_any_experts(b, out);
+    case IMAGES:
+    case NO_IMAGES: return bind_images(b, what == IMAGES, out);
     case TOKENS: return bind_indices(b, n, b->args->embed.n_vocab, false, out);
     case ROUTES: return bind_routes(b, out);
     case ORDER: *out = b->order; return true;

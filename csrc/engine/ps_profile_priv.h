@@ -39,6 +39,9 @@ typedef struct op_calls {
  * can't tell apart are one. */
 ps_status ps_profile_collect(const ps_model *model, ps_side side, int sm, uint32_t max_tok,
     uint32_t max_kv, op_calls *out, ps_err *err);
+/* Gathering k experts, all of them in host memory, for a token: a call of no pass that is
+ * collected, since nothing streams there. False where the model has no experts. */
+bool ps_profile_gather_call(const ps_model *model, uint32_t k, op_call *out);
 /* The same call over a share of its output rows (heads, tokens): returns the share that it came to
  * be, which is 1 where it can't be cut at all. */
 double ps_profile_cut(const op_call *call, double share, ps_op_args *out);

@@ -80,7 +80,9 @@ static double charged(const ps_emu_profile *e, const ps_sample *s)
                move / (s->side == PS_SAMPLE_H2D ? e->h2d_bytes_per_s : e->d2h_bytes_per_s);
     if (s->side == PS_SAMPLE_CPU)
         return launch + fmax(move / e->dram_bytes_per_s, math / e->cpu_flops);
-    return launch + fmax(move / e->vram_bytes_per_s, math / e->gpu_flops); /* gather as well */
+    /* Gathering experts is known to be the bus's work; ops that read weights there are not. */
+    if (strcmp(s->op, "gather") == 0 && s->flops == 0) return launch + move / e->h2d_bytes_per_s;
+    return launch + fmax(move / e->vram_bytes_per_s, math / e->gpu_flops);
 }
 
 PS_TEST(says_what_the_virtual_clock_charges)
@@ -114,6 +116,10 @@ PS_TEST(says_what_the_virtual_clock_charges)
         PS_CHECK_EQ(count(&p, PS_SAMPLE_H2D, "copy", PS_LOAD_CPU), 1);
         PS_CHECK(count(&p, PS_SAMPLE_H2D, "gather", PS_LOAD_IDLE) >= 1);
         PS_CHECK_EQ(count(&p, PS_SAMPLE_H2D, "gather", PS_LOAD_CPU), 1);
+        uint32_t n_experts = 0; /* gathers of them: of a token's, of one, and those beside a CPU */
+        for (uint32_t i = 0; i < p.n_samples; i++)
+            n_experts += strcmp(p.samples[i].op, "gather") == 0 && p.samples[i].flops == 0;
+        PS_CHECK_EQ(n_experts, m >= FIRST_MOE ? 3 : 0);
         PS_CHECK_EQ(count(&p, PS_SAMPLE_FIXED, "flag", PS_LOAD_IDLE), 1);
         PS_CHECK_EQ(count(&p, PS_SAMPLE_FIXED, "flag", PS_LOAD_H2D), 1);
         ps_profile_fini(&p);
