@@ -61,7 +61,7 @@ typedef struct ps_profile_spec {
     uint32_t threads; /* of the CPU: all, a half and one are timed; 0: the default of the device */
     uint32_t max_tok; /* of passes; 0: 2048. No more than the device has CPU scratch for */
     uint32_t max_kv;  /* of attention; 0: 8192. Likewise */
-    uint64_t device_bytes, host_bytes; /* most memory to take; 0: 256 and 512 MiB */
+    uint64_t device_bytes, host_bytes; /* most memory to take; 0: 256 MiB, and up to 4 GiB */
     uint64_t limit_ns; /* real time to stay within; 0: 11 s. What is left decides how much of each
                           op runs, so less time makes a rougher profile, not a smaller one */
     ps_progress_fn progress; /* of steps, about every 50 ms; false cancels; may be NULL */
