@@ -87,7 +87,7 @@ def sound_spec(model: Model, rng: Rng) -> Spec:
     spec["kv"] = str(rng.choice(["f16", "f16", "f16", "q8_0"]))
     spec["graph_reserve_bytes"] = int(rng.choice([0, 0, 4096, 1 << 20]))
     n_slots = int(rng.choice([1, 2, 3, 4, 7, 16, 64]))
-    factor = int(rng.choice([1, 4, 8, 16, 32, 64, 128, 256]))  # tiny rings make for long lists
+    factor = int(rng.choice([2, 8, 16, 32, 64, 128, 256, 512]))  # tiny rings make for long lists
     spec["n_slots"] = n_slots
     spec["slot_bytes"] = needed_slot(model, n_slots) * factor + 256 * int(rng.integers(0, 3))
     n_layer = model.hparams["n_layer"]

@@ -222,7 +222,7 @@ def test_a_streamed_prompt_takes_what_the_slower_of_bus_and_gpu_takes(
 
     device = ps.EmuDevice(profile=rates)
     opened = _core.Device(
-        "emu", model._core, N_PROMPT, N_PROMPT, threads=2, profile=device._rates()
+        "emu", model._core, N_PROMPT, N_PROMPT, threads=1, profile=device._rates()
     )
     engine = _core.Engine(plan, opened)
     tokens = np.random.default_rng(1).integers(0, 512, N_PROMPT).astype(np.int32)
@@ -236,17 +236,7 @@ def test_a_streamed_prompt_takes_what_the_slower_of_bus_and_gpu_takes(
 # ---- every policy ----
 
 CONTEXTS = (48, 256, 1024)
-SHARES = (
-    0.0,
-    0.02,
-    0.08,
-    0.2,
-    0.4,
-    0.6,
-    0.8,
-    0.95,
-    1.0,
-)  # from the smallest budget to all resident
+SHARES = (0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0)  # from the smallest budget to all resident
 RINGS = ("own", "narrow", "wide")
 POLICIES = (
     "auto",
@@ -354,7 +344,7 @@ def matrix(models: dict[str, ps.Model]) -> Matrix:
 
 
 def open_engine(model: ps.Model, n_ctx: int, **options: Any) -> ps.Engine:
-    return ps.Engine(model, device="emu", n_ctx=n_ctx, threads=2, **options)
+    return ps.Engine(model, device="emu", n_ctx=n_ctx, threads=1, **options)
 
 
 def pass_by_pass(engine: ps.Engine) -> Logits:
