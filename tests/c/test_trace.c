@@ -371,9 +371,9 @@ static void check_real(const setup *s)
     PS_REQUIRE(r.engine != NULL);
     PS_CHECK_STATUS(start(s, &r, &err), PS_OK);
     PS_CHECK_STATUS(ps_engine_append(r.engine, 0, r.tokens, N_PROMPT, NULL, &err), PS_OK);
-    PS_CHECK_STATUS(decode(&r, 40, &err), PS_OK);
+    PS_CHECK_STATUS(decode(&r, 20, &err), PS_OK);
     PS_REQUIRE(take(&r, &x));
-    PS_CHECK_EQ_U64(x.n_passes, 41);
+    PS_CHECK_EQ_U64(x.n_passes, 21);
     uint64_t n_graphs = 0, worked_ns = 0;
     for (uint64_t i = 0; i < x.n_passes; i++) {
         check_order(&x, &x.passes[i]);
@@ -383,7 +383,7 @@ static void check_real(const setup *s)
     }
     for (uint64_t i = 0; i < x.n_ticks; i++) worked_ns += x.ticks[i].end_ns - x.ticks[i].begin_ns;
     PS_CHECK(worked_ns > 0);
-    if (r.device->info.kind == PS_DEVICE_CUDA) PS_CHECK((n_graphs > 30) == s->graphs);
+    if (r.device->info.kind == PS_DEVICE_CUDA) PS_CHECK((n_graphs > 12) == s->graphs);
     drop(&x);
     close_rig(&r);
 }
@@ -441,8 +441,9 @@ static ps_status open_trace_close(void *ctx, ps_err *err)
     rig r;
     ps_status status = open_rig(s, &r, err);
     if (status == PS_OK) status = start(s, &r, err);
-    if (status == PS_OK) status = ps_engine_append(r.engine, 0, r.tokens, N_PROMPT, NULL, err);
-    if (status == PS_OK) status = decode(&r, 1, err);
+    /* Two shapes of pass, both short: opening is what takes long. */
+    if (status == PS_OK) status = ps_engine_append(r.engine, 0, r.tokens, 2, NULL, err);
+    if (status == PS_OK) status = ps_engine_append(r.engine, 0, r.tokens, 1, NULL, err);
     close_rig(&r);
     return status;
 }
