@@ -63,6 +63,7 @@ _BUILT_IN = (
     "paper",
     "layer_split",
     "experts_cpu",
+    "even_split",
     "auto",
 )
 _NAME = re.compile(r"[a-z][a-z0-9_]*")

@@ -23,7 +23,8 @@ from functools import cached_property
 from ..cost import Shape
 from ..errors import BudgetError
 from . import register
-from .base import Place, Placement, PolicyContext, Tier, Unit, same_in_all
+from .base import Place, Placement, PolicyContext, Tier, Unit, same_in_all, vram_share
+from .even_split import EvenSplit
 from .experts_cpu import ExpertsCpu
 from .full_gpu_no_output import FullGpuNoOutput
 from .full_shard import FullShard
@@ -223,7 +224,7 @@ class _Search:
         little are not known any better, and the budget was given to be used."""
         run = self.ctx.simulate(placement, min(N_PROMPT, self.ctx.n_ctx))
         places = placement.places[self.ctx.tiers[0].name]
-        near = sum(unit.n_bytes for unit in self.ctx.units if places[unit.name] == "vram")
+        near = sum(unit.n_bytes * vram_share(places[unit.name]) for unit in self.ctx.units)
         unused = 1.0 - near / max(1, self.total)
         return run.ttft_s + N_GEN * (self.ctx.n_seq / run.tps + _UNUSED_SECONDS * unused)
 
@@ -306,7 +307,8 @@ class Auto:
         return replace(search.best, why=_reasons(ctx, search.best))
 
     def _others(self, ctx: PolicyContext) -> Iterator[Placement]:
-        for policy in _OTHERS:
+        # Experts are divided one by one already.
+        for policy in _OTHERS if ctx.has_experts else (*_OTHERS, EvenSplit):
             try:
                 yield policy().place(ctx)
             except BudgetError:
@@ -421,6 +423,8 @@ def _reasons(ctx: PolicyContext, placement: Placement) -> dict[str, str]:
 
 
 def _reason(ctx: PolicyContext, unit: Unit, places: tuple[str, ...]) -> str:
+    if places[0].startswith("Split"):
+        return "no room for all of it; GPU and CPU compute their shares at once"
     if places[0] == "vram":
         return "every token needs it" if unit.use >= 1.0 else "saves most of what is left"
     if unit.kind == "embed":

@@ -33,6 +33,7 @@ BUILT_IN = (
     "paper",
     "layer_split",
     "experts_cpu",
+    "even_split",
 )
 
 
@@ -342,6 +343,30 @@ def test_layer_split() -> None:
     assert no_head.places["decode"]["head"] == "cpu"
     with_head = place("layer_split", context(units, SCRATCH + 6 * layer + 21 * MIB))
     assert with_head.places["decode"]["head"] == "vram"
+
+
+def test_even_split() -> None:
+    """All layers alike, and as much of each in VRAM as there is room for."""
+    units = MODELS["dense"]
+    shares = []
+    for part in (0.4, 0.6, 0.8):
+        placement = place("even_split", context(units, int(part * ALL["dense"])))
+        for tier in TIERS:
+            assert len(where(placement, tier.name, "ffn")) == 1
+            assert where(placement, tier.name, "attn") == {"vram"}
+            assert where(placement, tier.name, "embed") == {"cpu"}
+        shares.append(vram_share(placement.places["decode"]["blk.0.ffn"]))
+    assert 0 < shares[0] < shares[1] < shares[2] < 1
+    with pytest.raises(ps.BudgetError):  # without room for attention there is nothing even about it
+        place("even_split", context(units, SCRATCH + 5 * 4 * MIB))
+
+
+def test_even_split_divides_experts_by_number() -> None:
+    placement = place("even_split", context(MODELS["mixture"], int(0.6 * ALL["mixture"])))
+    for i in range(5):
+        here = [placement.places["decode"][f"blk.{i}.expert.{e}"] for e in range(8)]
+        assert here == [placement.places["decode"][f"blk.0.expert.{e}"] for e in range(8)]
+        assert here.count("vram") == here.index(next(p for p in here if p != "vram")) > 0
 
 
 def test_experts_cpu() -> None:

@@ -165,6 +165,19 @@ def test_both_sides_work_at_once(heavy: ps.Model) -> None:
     assert half < 0.65 * cpu
 
 
+def test_dividing_every_layer_alike_beats_taking_whole_units(heavy: ps.Model) -> None:
+    """Where VRAM holds half of a feed-forward, bus, CPU and GPU work on it at once; `auto` knows."""
+
+    def predicted(policy: str) -> Any:
+        return ps.simulate(heavy, vram="48MiB", policy=policy, n_prompt=256, n_ctx=512)
+
+    even = predicted("even_split")
+    for policy in ("static_attn", "shard_attn"):
+        assert even.tps > 1.2 * predicted(policy).tps
+    auto = predicted("auto")
+    assert auto.ttft_s / auto.tps <= 1.02 * even.ttft_s / even.tps
+
+
 # ---- experts: split by placing each of them ----
 
 
