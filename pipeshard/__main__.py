@@ -35,13 +35,13 @@ def version_text() -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     from . import synth
-    from .cli import bench, chat, info, profile, run, sweep
+    from .cli import bench, chat, info, plan, profile, run, sweep
 
     parser = argparse.ArgumentParser(prog="pipeshard", description=sys.modules[__package__].__doc__)
     parser.add_argument("--version", action="store_true", help="what is compiled in and was found")
     parser.set_defaults(run=None)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (run, chat, info, bench, profile, sweep, synth):
+    for command in (run, chat, info, plan, bench, profile, sweep, synth):
         command.add_parser(subparsers)
     return parser
 

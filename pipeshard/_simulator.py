@@ -61,8 +61,8 @@ class Simulator:
     @property
     def error(self) -> float:
         """Half of the interval around predictions, relative."""
-        if self.is_virtual:
-            return _EMU_ERROR
+        if self.is_virtual and self.profile.source == "default":
+            return _EMU_ERROR  # these are the clock's own rates
         return max(self.cost.error, _LEAST_ERROR.get(self.profile.source, 0.5))
 
     # ---- one pass ----

@@ -14,6 +14,7 @@ import html
 import json
 import operator
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -166,7 +167,8 @@ class Plan:
         return "\n".join(line for line in lines if not line.startswith("@@"))
 
     def explain(self) -> str:
-        """A table that a person reads: what is where, and what it takes."""
+        """A table that a person reads: how fast it will be and by which figures, what it takes, what more budget would
+        buy, what is where and why."""
         head = [
             f"plan for {self.arch}, n_ctx {self.n_ctx}, n_seq {self.n_seq}, KV {self.kv}",
             f"passes of at most {self.pass_tok} tokens, ops of at most {self.chunk_tok}",
@@ -178,6 +180,7 @@ class Plan:
             head += [
                 f"  {kind:<8} {format_bytes(n):>12}" for kind, n in self.bytes.items() if n > 0
             ]
+            head += _predicted_lines(self.predicted)
         else:
             head.append("no accelerator: everything is computed by the CPU")
         return "\n".join([*head, *self._place_table()])
@@ -401,6 +404,65 @@ class _Reader:
 
 # ---- text ----
 
+_MOST_RANGES = 2  # lines of experts in one place
+_WHAT_FIGURES = {
+    "datasheet": "figures from data sheets: nobody measured them",
+    "default": "assumed figures: nobody measured them",
+    "measured": "measured",
+}
+
+
+def _predicted_lines(predicted: Any) -> list[str]:
+    """Nothing where the plan has no prediction, or one that somebody wrote otherwise."""
+    try:
+        return _prediction_lines(predicted) if predicted else []
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return []
+
+
+def _prediction_lines(predicted: Mapping[str, Any]) -> list[str]:
+    def interval(name: str, scale: float) -> str:
+        low, high = predicted[f"{name}_lo"], predicted[f"{name}_hi"]
+        return f"{_figure(low * scale)} to {_figure(high * scale)}"
+
+    ttft, tps = predicted["ttft_s"], predicted["tps"]
+    lines = [
+        f"predicted for a prompt of {predicted['n_prompt']} tokens and {predicted['n_gen']} behind it"
+        + (f", policy {predicted['policy']}" if predicted.get("policy") else ""),
+        f"  TTFT {_figure(ttft * 1e3)} ms ({interval('ttft', 1e3)}), at best {_figure(predicted['bound_ttft_s'] * 1e3)}"
+        + _waits(predicted["prefill"]),
+        f"  TPS  {_figure(tps)} tokens/s ({interval('tps', 1.0)}), at best {_figure(predicted['bound_tps'])}"
+        + _waits(predicted["decode"]),
+        f"  by the profile of {predicted['profile']}; "
+        + _WHAT_FIGURES.get(predicted["source"], predicted["source"]),
+    ]
+    more = predicted.get("more")
+    if more:
+        lines.append(
+            f"  another {format_bytes(more['bytes'])} would make it TTFT {_figure(more['ttft_s'] * 1e3)} ms "
+            f"and {_figure(more['tps'])} tokens/s"
+        )
+    return lines
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _waits(held: Mapping[str, float]) -> str:
+    """What most of the time is spent waiting for."""
+    total = sum(held.values())
+    names = {
+        "h2d": "bus",
+        "d2h": "bus back",
+        "compute": "GPU",
+        "cpu": "CPU",
+        "hand_off": "hand-offs",
+    }
+    shares = sorted(((s / total, name) for name, s in held.items() if total), reverse=True)
+    parts = [f"{names.get(name, name)} {share:.0%}" for share, name in shares if share >= 0.05]
+    return f"; held up by {', '.join(parts)}" if parts else ""
+
 
 def _lines(plan: Plan) -> list[str]:
     """A line a fact, so that a difference names what it is about."""
@@ -442,24 +504,34 @@ def _place_text(place: Place) -> str:
 
 
 def _groups(units: Mapping[str, Place], why: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    """(names, place, reason): units of one part and place share a line, in the order of the model."""
+    """(names, place, reason): units of one part and place share a line, in the order of the model. Where every layer
+    has other experts in a place, the line says how many."""
     lines: dict[tuple[str, str, str], list[int]] = {}  # part, place and reason to its layers
-    experts: dict[tuple[int, str, str], list[int]] = {}
+    experts: dict[tuple[str, str], dict[int, list[int]]] = {}  # place and reason to layers' experts
     for name, place in units.items():
         parts, text, reason = name.split("."), _place_text(place), why.get(name, "")
         if len(parts) == 4 and parts[1].isdigit() and parts[3].isdigit():
-            experts.setdefault((int(parts[1]), text, reason), []).append(int(parts[3]))
+            there = experts.setdefault((text, reason), {}).setdefault(int(parts[1]), [])
+            there.append(int(parts[3]))
         elif len(parts) == 3 and parts[1].isdigit():
             lines.setdefault((parts[2], text, reason), []).append(int(parts[1]))
         else:
             lines[name, text, reason] = []
-    for (layer, text, reason), numbers in experts.items():
-        lines.setdefault((f"expert.{_ranges(numbers)}", text, reason), []).append(layer)
+    for (text, reason), layers in experts.items():
+        ranges = {layer: _ranges(numbers) for layer, numbers in layers.items()}
+        if len(set(ranges.values())) <= _MOST_RANGES:
+            for layer, numbers in ranges.items():
+                lines.setdefault((f"expert.{numbers}", text, reason), []).append(layer)
+            continue
+        counts = [len(numbers) for numbers in layers.values()]
+        each = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+        lines[f"expert ({each} of each layer)", text, reason] = list(layers)
     order = {"embed": 0, "attn": 1, "ffn": 2, "router": 3, "expert": 4, "head": 5}
     return [
         (f"blk.{_ranges(layers)}.{part}" if layers else part, text, reason)
         for (part, text, reason), layers in sorted(
-            lines.items(), key=lambda item: (order.get(item[0][0].split(".")[0], 6), item[1][:1])
+            lines.items(),
+            key=lambda item: (order.get(re.split(r"[. ]", item[0][0])[0], 6), item[1][:1]),
         )
     ]
 

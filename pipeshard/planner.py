@@ -82,7 +82,8 @@ def make_plan(
         return task.host_plan()
     draft = task.ask_policy(policy)
     core = draft.bind(model)
-    predicted = task.predict(draft, core, n_prompt, n_gen)
+    predicted = {"policy": sched_policies.name_of(policy)}
+    predicted |= task.predict(draft, core, n_prompt, n_gen)
     return replace(draft, bytes=core.bytes_by_kind, predicted=predicted), core
 
 

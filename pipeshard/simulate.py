@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Literal, cast
 
-from . import _core
+from . import _core, profiling
 from ._profile import Profile
 from ._simulator import Simulator, as_profile, machine_profile
 from .cost import Fit, fit
@@ -41,7 +41,7 @@ def simulate(
     model: str | os.PathLike[str] | Model,
     *,
     vram: Size | Sequence[Size],
-    profile: Profile | EmuDevice | str | os.PathLike[str] | None = None,
+    profile: Profile | EmuDevice | str | os.PathLike[str] | Literal[False] | None = None,
     policy: Any = "auto",
     n_ctx: int = 4096,
     n_prompt: int = 1024,
@@ -54,13 +54,14 @@ def simulate(
     """What an engine with these arguments is predicted to take for a prompt of n_prompt tokens and n_gen behind it: a
     Prediction, or of a list of budgets a list of them.
 
-    profile: one, its file, or the name of one that comes with pipeshard; an EmuDevice stands for its clock; None: what
-    is known of this machine (of its GPU, else of the emulated one). cost: makes the cost model from the profile's
+    profile: one, its file, or the name of one that comes with pipeshard; an EmuDevice stands for its clock; None: that
+    of this machine's GPU, measured once, or where there is none of the emulated one; False: without measuring. cost:
+    makes the cost model from the profile's
     samples and the number of threads."""
     budgets = _budgets(vram)
     opened = model if isinstance(model, Model) else Model(model)
-    known = _profile_of(profile)
     n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
+    known = _profile_of(profile, opened, threads)
     sizes = {
         "n_prompt": check_int("n_prompt", n_prompt, 1, _MAX_CTX),
         "n_gen": check_int("n_gen", n_gen, 1, _MAX_CTX),
@@ -99,13 +100,23 @@ def machine_of(profile: Profile) -> Machine:
     )
 
 
-def _profile_of(profile: Profile | EmuDevice | str | os.PathLike[str] | None) -> Profile:
+def _profile_of(
+    profile: Profile | EmuDevice | str | os.PathLike[str] | Literal[False] | None,
+    model: Model,
+    threads: int | None,
+) -> Profile:
+    """As an engine would find it on this machine."""
     if isinstance(profile, EmuDevice):
         return machine_profile("emu", profile)
-    known = as_profile(profile)
+    known = None if profile is False else as_profile(profile)
     if known is not None:
         return known
-    return machine_profile("cuda" if _core.cuda_status()[0] else "emu")
+    if not _core.cuda_status()[0]:
+        return machine_profile("emu")
+    wish = profiling.automatic() if profile is None else False
+    if isinstance(wish, Profile):
+        return wish
+    return profiling.profile(model, threads=threads) if wish else machine_profile("cuda")
 
 
 def _budgets(vram: Size | Sequence[Size]) -> list[int]:
@@ -118,4 +129,5 @@ def _budgets(vram: Size | Sequence[Size]) -> list[int]:
 def _prediction(plan: Plan) -> Prediction:
     """The plan's own, which was made for these sizes, with the plan."""
     values = cast(dict[str, Any], plan.predicted)
-    return replace(Prediction(**{k: v for k, v in values.items() if k != "more"}), plan=plan)
+    known = {item.name for item in fields(Prediction)}
+    return replace(Prediction(**{k: v for k, v in values.items() if k in known}), plan=plan)

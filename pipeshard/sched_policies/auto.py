@@ -1,4 +1,6 @@
-"""`auto`: what is predicted to answer soonest, over a prompt of 1,024 tokens and 128 tokens behind it.
+"""`auto`: what is predicted to be best at first and later tokens alike. It makes the product of the time to the first
+token of a prompt of 1,024 and the time of a token behind it least: a hundredth of the one is worth a hundredth of the
+other. (The time of prompt and answer together would trade a first token that comes twice as late for 3 % of the rest.)
 
 What fits is resident. Else the units that save most seconds a byte are: attention with its KV, which every token needs,
 then feed-forward and head, then experts, of which a token needs few; the token table last, for only rows of it are
@@ -8,8 +10,9 @@ from how long both sides take for a unit at that many tokens; that share, none a
 class, so where streaming begins to pay is the cost model's to say.
 
 Then sizes are tried one by one, each against the best so far: of the ring, of the ops, KV in host memory, experts
-spread over all layers or whole layers of them. Last come the placements of the policies to compare with, so that by
-prediction `auto` is never worse than any of them. The CPU gets everything only where no other placement fits.
+spread over all layers or whole layers of them; without experts, whole layers instead of all layers' attention. Last
+come the placements of the policies to compare with, so that by prediction `auto` is never worse than any of them. The
+CPU gets everything only where no other placement fits.
 
 Threads: pure.
 """
@@ -44,13 +47,15 @@ _SNAP = 0.06  # a share this near to none or all of it is that
 @dataclass(frozen=True)
 class _Settings:
     """What a candidate is made from. share: of what is not resident, what streams, by tier; ring: in units of the
-    largest part of a layer that streams; spread: experts of all layers alike rather than layer by layer."""
+    largest part of a layer that streams; spread: experts of all layers alike rather than layer by layer; whole: the
+    last layers wholly rather than attention of all, which saves hand-offs."""
 
     share: Mapping[str, float]
     ring: float = 0.5
     size: int = 0
     kv_host: bool = False
     spread: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class _Group:
     kv_bytes: int
     value: float
     largest: int  # unit
+    layer: int  # -1: none
 
     @property
     def n(self) -> int:
@@ -85,7 +91,7 @@ class _Search:
 
     ctx: PolicyContext
     best: Placement | None = None
-    best_seconds: float = float("inf")
+    best_score: float = float("inf")
     settings: _Settings = field(default_factory=lambda: _Settings({}))
     _base: dict[tuple[object, ...], int] = field(default_factory=dict)
 
@@ -108,6 +114,7 @@ class _Search:
             kv_bytes=_aligned(kv),
             value=self._value(kind, units[0]) if units else 0.0,
             largest=largest,
+            layer=-1 if not units or units[0].layer is None else units[0].layer,
         )
 
     def _value(self, kind: str, unit: Unit) -> float:
@@ -126,6 +133,8 @@ class _Search:
         """How many units of each group, the most valuable bytes first, as far as the room goes."""
         counts = [0] * len(self.groups)
         by_value = sorted(range(len(self.groups)), key=lambda i: -self.groups[i].value)
+        if settings.whole:
+            by_value.sort(key=lambda i: (self.groups[i].value == 0.0, -self.groups[i].layer))
         experts = [i for i in by_value if self.groups[i].kind == "expert"]
         for i in by_value:
             group = self.groups[i]
@@ -219,14 +228,14 @@ class _Search:
 
     # ---- choosing ----
 
-    def seconds(self, placement: Placement) -> float:
+    def score(self, placement: Placement) -> float:
         """The objective. A placement that leaves VRAM unused is worth it only if that gains something: latencies of so
         little are not known any better, and the budget was given to be used."""
         run = self.ctx.simulate(placement, min(N_PROMPT, self.ctx.n_ctx))
         places = placement.places[self.ctx.tiers[0].name]
         near = sum(unit.n_bytes * vram_share(places[unit.name]) for unit in self.ctx.units)
         unused = 1.0 - near / max(1, self.total)
-        return run.ttft_s + N_GEN * (self.ctx.n_seq / run.tps + _UNUSED_SECONDS * unused)
+        return run.ttft_s * (self.ctx.n_seq / run.tps + _UNUSED_SECONDS * unused)
 
     @cached_property
     def total(self) -> int:
@@ -235,10 +244,10 @@ class _Search:
     def offer(self, placement: Placement | None, settings: _Settings | None = None) -> bool:
         if placement is None:
             return False
-        seconds = self.seconds(placement)
-        if seconds >= self.best_seconds:
+        score = self.score(placement)
+        if score >= self.best_score:
             return False
-        self.best, self.best_seconds = placement, seconds
+        self.best, self.best_score = placement, score
         if settings is not None:
             self.settings = settings
         return True
@@ -275,7 +284,9 @@ class _Search:
         if any(unit.kv_bytes_per_tok for unit in self.ctx.units):
             yield lambda s: replace(s, kv_host=True)
         if self.ctx.has_experts:
-            yield lambda s: replace(s, spread=not s.spread)
+            yield lambda s: replace(s, spread=True)
+        else:
+            yield lambda s: replace(s, whole=True)
 
 
 @register
@@ -429,9 +440,11 @@ def _reason(ctx: PolicyContext, unit: Unit, places: tuple[str, ...]) -> str:
         return "every token needs it" if unit.use >= 1.0 else "saves most of what is left"
     if unit.kind == "embed":
         return "only rows of it are read"
+    if unit.kind == "expert" and "stream" in places:
+        return "no room; bus and CPU share these"
     first = next((i for i, place in enumerate(places) if place == "stream"), None)
     if first is None:
-        return "no room; the CPU is at it while the GPU works" if unit.use < 1.0 else "no room"
+        return "no room"
     if first == 0:
         return "no room; the bus brings it while the CPU computes others"
     below = ctx.tiers[first - 1].max_tok

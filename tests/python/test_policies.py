@@ -640,3 +640,60 @@ def test_exceptions_in_a_policy() -> None:
         placement.places["decode"]["head"] = "vram"  # type: ignore[index]
     with pytest.raises(ps.PlanError):
         PolicyContext(units=(), tiers=(), budget_bytes=0, n_ctx=1).needs(placement)
+
+
+@pytest.mark.parametrize("model", ["llama", "moe"])
+def test_the_example_of_the_readme_runs(
+    root: Path, tmp_path: Path, model: str, request: pytest.FixtureRequest
+) -> None:
+    """As it stands there, in a file of its own, through all the doors that it names."""
+    text = (root / "README.md").read_text(encoding="utf-8")
+    block = next(part for part in text.split("```python\n") if part.startswith("# my_policy.py"))
+    path = tmp_path / "my_policy.py"
+    path.write_text(block.split("```")[0], encoding="utf-8")
+    policy, gguf = f"{path}:HeadFirst", request.getfixturevalue(model)
+    with ps.Engine(gguf, device="emu", n_ctx=128) as engine:
+        ids = list(range(3, 103))
+        expected = engine.logits(ids)
+        budget = engine.plan.needed_bytes * 9 // 10
+    run = ps.simulate(gguf, vram=budget, n_ctx=128, n_prompt=100, policy=policy)
+    with ps.Engine(gguf, device="emu", n_ctx=128, vram=budget, policy=policy) as engine:
+        assert dict(engine.plan.places) == dict(run.plan.places)
+        assert engine.plan.places["decode"]["head"] == "vram"
+        assert "stream" in engine.plan.places["prefill"].values()
+        assert abs(engine.logits(ids) - expected).max() < 0.5
+        assert engine.stats["peak_bytes"] <= budget
+    rows = ps.sweep(gguf, [budget], [32], [policy], device="emu", n_gen=2, repeats=1)
+    assert rows[0]["error"] is None
+    assert rows[0]["ttft_s"] > 0
+    with pytest.raises(ps.BudgetError):
+        ps.Engine(gguf, device="emu", n_ctx=128, vram="1KiB", policy=policy)
+
+
+def test_engines_ask_policies(llama: str) -> None:
+    """What goes wrong in a policy reaches the caller of Engine as it should."""
+
+    def fails(ctx: PolicyContext) -> Placement:
+        raise KeyError("nothing")
+
+    def too_much(ctx: PolicyContext) -> Placement:
+        return Placement.everywhere({one.name: "vram" for one in ctx.units})
+
+    def forgets(ctx: PolicyContext) -> Placement:
+        return Placement.everywhere({one.name: "cpu" for one in ctx.units[1:]})
+
+    with pytest.raises(ps.PlanError) as failed:
+        ps.Engine(llama, device="emu", n_ctx=64, policy=fails)
+    assert isinstance(failed.value.__cause__, KeyError)
+    with pytest.raises(ps.PlanError):
+        ps.Engine(llama, device="emu", n_ctx=64, policy=forgets)
+    with pytest.raises(ps.BudgetError) as small:
+        ps.Engine(llama, device="emu", n_ctx=64, vram="300KiB", policy=too_much)
+    error = small.value
+    assert error.needed > error.budget == 300 << 10
+    assert error.smallest < error.budget
+    ps.Engine(llama, device="emu", n_ctx=64, vram=error.smallest).close()
+    with pytest.raises(ps.RequestError):
+        ps.Engine(llama, policy="none_such")
+    with ps.Engine(llama, device="host", n_ctx=64, policy="full_gpu") as engine:
+        assert set(engine.plan.places["decode"].values()) == {"cpu"}
