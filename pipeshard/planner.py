@@ -76,7 +76,9 @@ def make_plan(
 ) -> tuple[Plan, _core.Plan]:
     """The policy's plan, and the same bound to the model. BudgetError where its placement does not fit, PlanError where
     it breaks a rule or the policy itself fails. On a device without memory of its own nobody is asked."""
-    simulator = simulator or Simulator(default_profile(), threads=threads)
+    if simulator is None:
+        kind = "cuda" if _core.cuda_status()[0] else "emu"
+        simulator = Simulator(default_profile(kind), threads=threads)
     task = _Task(model, machine, wishes, simulator, threads)
     if not machine.accelerator:
         return task.host_plan()
