@@ -79,9 +79,10 @@ def _frozen_places(
 class Placement:
     """What a policy decides: for every tier the place of every unit, and how streaming is to go.
 
-    `kv_vram_tok`: of each layer, the newest tokens whose KV stays in VRAM (None: all where its attention is on the
-    GPU). `why`: for people, by unit. `chunk_tok`, `pass_tok`: most tokens of one op and of one pass; 0: as many as the
-    planner finds room for."""
+    `kv_vram_tok`: of each layer, the newest tokens of a sequence whose KV stays in VRAM, in whole pages of 64 and one
+    page more; older ones are in host memory. None: all, where attention is on the GPU. Where attention is on the CPU in
+    some tier, none. `why`: for people, by unit. `chunk_tok`, `pass_tok`: most tokens of one op and of one pass; 0: as
+    many as the planner finds room for."""
 
     places: Mapping[str, Mapping[str, Place]]
     kv_vram_tok: Mapping[int, int] | None = None

@@ -54,9 +54,11 @@ static int find_shape(const ps_plan *core, const pass_args *a, ps_pass_shape *sh
         .n_tok = a->n_tok,
         .n_out = a->n_out,
         .max_kv = ps_pass_kv_bucket(core, a->n_tok, max_kv)};
-    if (core->kv_backed && a->n_tok > PS_SMALL_PASS_TOK) {
+    if (ps_pass_is_staged(core, a->n_tok)) {
         shape->staged = true;
         shape->first = a->first;
+    } else {
+        shape->far = ps_pass_far(core, a->n_tok, max_kv);
     }
     return 0;
 }

@@ -83,8 +83,8 @@ void ps_engine_destroy(ps_engine *e)
 /* ---- another plan ---- */
 
 /* An executor of this plan, holding what is carried; none on failure. */
-static ps_status move_in(ps_engine *e, const desk *d, const ps_kv_carry *carry, ps_exec_past *past,
-    bool quiet, ps_err *err)
+static ps_status move_in(
+    ps_engine *e, desk *d, const ps_kv_carry *carry, ps_exec_past *past, bool quiet, ps_err *err)
 {
     ps_exec_options options = e->options;
     if (quiet) options.progress = NULL;
@@ -92,6 +92,7 @@ static ps_status move_in(ps_engine *e, const desk *d, const ps_kv_carry *carry, 
     if (status == PS_OK) status = ps_kv_carry_put(carry, e->exec, &d->kv, err);
     if (status == PS_OK) {
         ps_exec_inherit(e->exec, past);
+        for (uint32_t seq = 0; seq < d->kv.n_seq; seq++) ps_kv_empty_windows(&d->kv, seq);
     } else {
         ps_exec_destroy(e->exec);
         e->exec = NULL;
@@ -99,7 +100,7 @@ static ps_status move_in(ps_engine *e, const desk *d, const ps_kv_carry *carry, 
     return status;
 }
 
-static ps_status change_desks(ps_engine *e, const desk *next, ps_err *err)
+static ps_status change_desks(ps_engine *e, desk *next, ps_err *err)
 {
     ps_kv_carry *carry = NULL;
     e->logits = NULL;
@@ -191,6 +192,28 @@ static ps_status check_room(const ps_engine *e, uint32_t seq, uint32_t n, ps_err
     return PS_OK;
 }
 
+/* Tells the cache of a pass before and after it: runs of consecutive tokens, one a sequence. */
+static uint32_t begin_pass(desk *d, uint32_t n_tok, bool one_sequence)
+{
+    uint32_t far = 0;
+    for (uint32_t i = 0; i < (one_sequence ? 1 : n_tok); i++)
+        far |=
+            ps_kv_begin(&d->kv, (uint32_t)d->seq[i], (uint32_t)d->pos[i], one_sequence ? n_tok : 1);
+    return far;
+}
+
+static void end_pass(desk *d, uint32_t n_tok, bool one_sequence, bool failed)
+{
+    bool staged = one_sequence && ps_pass_is_staged(d->plan, n_tok);
+    for (uint32_t i = 0; i < (one_sequence ? 1 : n_tok); i++) {
+        uint32_t seq = (uint32_t)d->seq[i];
+        if (failed)
+            ps_kv_empty_windows(&d->kv, seq);
+        else
+            ps_kv_end(&d->kv, seq, (uint32_t)d->pos[i] + (one_sequence ? n_tok : 1), staged);
+    }
+}
+
 /* ids, pos, seq and rows hold the pass; pages are reserved. */
 static ps_status run_pass(
     ps_engine *e, uint32_t n_tok, uint32_t n_out, uint32_t max_kv, bool one_sequence, ps_err *err)
@@ -202,10 +225,14 @@ static ps_status run_pass(
         .seq = e->desk.seq,
         .rows = e->desk.rows,
         .table = e->desk.kv.table,
+        .near_pages = e->desk.kv.near,
+        .far_pages = e->desk.kv.far,
+        .far = begin_pass(&e->desk, n_tok, one_sequence),
         .max_kv = ps_pass_kv_bucket(e->desk.plan, n_tok, max_kv),
         .one_sequence = one_sequence};
     const float *logits = NULL;
     ps_status status = ps_exec_pass(e->exec, &batch, &logits, err);
+    end_pass(&e->desk, n_tok, one_sequence, status != PS_OK);
     e->logits = status == PS_OK && n_out > 0 ? logits : NULL;
     e->n_logits = status == PS_OK ? n_out : 0;
     return status;

@@ -376,7 +376,7 @@ static bool same_shape(const ps_pass_shape *a, const ps_pass_shape *b)
 {
     return a->tier == b->tier && a->n_tok == b->n_tok && a->n_out == b->n_out &&
            a->max_kv == b->max_kv && a->staged == b->staged && a->seq == b->seq &&
-           a->first == b->first;
+           a->first == b->first && a->far == b->far;
 }
 
 static ps_status grow_events(ps_exec *x, uint32_t n, ps_err *err)
@@ -465,6 +465,11 @@ static void fill_batch(ps_exec *x, const ps_bound *b, const ps_batch *batch)
     if (batch->n_out > 0) memcpy(to + l->rows, batch->rows, batch->n_out * word);
     uint32_t n_seq = x->plan->spec.n_seq, max_pages = x->plan->max_pages;
     memcpy(to + l->table, batch->table, (size_t)n_seq * max_pages * word);
+    size_t n_near = x->plan->n_windows * (size_t)n_seq * max_pages;
+    if (!b->ticks->shape.staged && n_near > 0) {
+        memcpy(to + l->near, batch->near_pages, n_near * word);
+        memcpy(to + l->far, batch->far_pages, n_near * word);
+    }
     if (b->ticks->shape.staged) {
         int32_t *stage = (int32_t *)(void *)(to + l->stage_table);
         for (uint32_t i = 0; i < n_seq * max_pages; i++) stage[i] = (int32_t)(i % max_pages);
@@ -719,11 +724,11 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
     ps_pass_shape shape = {.tier = ps_plan_tier(x->plan, batch->n_tok),
         .n_tok = batch->n_tok,
         .n_out = batch->n_out,
-        .max_kv = batch->max_kv};
-    /* Staging pays when many tokens read the same keys; a few read them over the bus, with lists
-     * that serve any length. */
-    if (x->plan->kv_backed && batch->one_sequence && batch->n_tok > GRAPH_MAX_TOK) {
+        .max_kv = batch->max_kv,
+        .far = batch->far};
+    if (batch->one_sequence && ps_pass_is_staged(x->plan, batch->n_tok)) {
         shape.staged = true;
+        shape.far = 0;
         shape.seq = (uint32_t)batch->seq[0];
         shape.first = (uint32_t)batch->pos[0];
     }

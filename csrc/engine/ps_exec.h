@@ -30,12 +30,14 @@ typedef struct ps_exec_options {
 /* What a pass works on. Arrays are the caller's, copied at once. */
 typedef struct ps_batch {
     uint32_t n_tok, n_out;
-    const int32_t *ids, *pos, *seq; /* [n_tok] */
-    const int32_t *rope_pos;        /* [4][n_tok] for M-RoPE; NULL: all equal pos */
-    const int32_t *rows;            /* [n_out], which of the tokens */
-    const int32_t *table;           /* [n_seq][max_pages] */
-    uint32_t max_kv;                /* all positions are below it */
-    bool one_sequence;              /* consecutive tokens of one sequence */
+    const int32_t *ids, *pos, *seq;        /* [n_tok] */
+    const int32_t *rope_pos;               /* [4][n_tok] for M-RoPE; NULL: all equal pos */
+    const int32_t *rows;                   /* [n_out], which of the tokens */
+    const int32_t *table;                  /* [n_seq][max_pages] */
+    const int32_t *near_pages, *far_pages; /* [n_windows][n_seq][max_pages]; see ps_kv */
+    uint32_t far;                          /* of ps_pass_shape */
+    uint32_t max_kv;                       /* all positions are below it */
+    bool one_sequence;                     /* consecutive tokens of one sequence */
 } ps_batch;
 
 typedef struct ps_exec_stats {

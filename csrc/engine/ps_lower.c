@@ -118,164 +118,11 @@ void ps_lower_emit_matmul(lowering *l, chunk c, uint32_t unit, ps_dptr x, uint32
     if (!by_rows) ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_MATMUL, &a, NULL, 0);
 }
 
-/* y (+)= W in + bias: the last matrix of a block. */
-static void emit_output(lowering *l, chunk c, uint32_t unit, ps_role role, ps_role bias, ps_dptr in,
-    uint32_t n_cols, ps_dptr y, bool add)
+void ps_lower_emit_output(lowering *l, chunk c, uint32_t unit, ps_role role, ps_role bias,
+    ps_dptr in, uint32_t n_cols, ps_dptr y, bool add)
 {
     ps_lower_emit_matmul(
         l, c, unit, in, c.n, n_cols, &(linear){role, bias, y, l->hp->n_embd}, 1, add);
-}
-
-static uint32_t page_of(uint32_t position)
-{
-    return position / PS_KV_PAGE_TOK;
-}
-static uint32_t pages_for(uint32_t n_tok)
-{
-    return (n_tok + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK;
-}
-
-static bool is_staged(const lowering *l, uint32_t unit, ps_side side)
-{
-    return side == PS_SIDE_DEV && l->shape.staged && l->plan->kv[unit].home == PS_KV_BACKED;
-}
-
-/* Of a stage, which holds a layer, the heads of one unit. */
-static ps_dptr stage_ref(const lowering *l, uint32_t unit, bool v)
-{
-    const ps_unit *u = &l->model->units[unit];
-    uint64_t bytes = l->plan->kv_page_bytes * l->plan->max_pages,
-             head_bytes = bytes / l->hp->n_kv_head, i = (uint64_t)u->layer % PS_KV_STAGES;
-    return ps_ref(PS_SPACE_DEV_KV,
-        l->plan->kv_stage_offset + (2 * i + v) * bytes + u->first_row * head_bytes);
-}
-
-static ps_kv_view kv_view(const lowering *l, uint32_t unit, ps_side side)
-{
-    const ps_plan *p = l->plan;
-    const ps_unit_kv *kv = &p->kv[unit];
-    bool staged = is_staged(l, unit, side);
-    ps_space space = side == PS_SIDE_HOST    ? PS_SPACE_HOST_KV
-                     : kv->home == PS_KV_DEV ? PS_SPACE_DEV_KV
-                                             : PS_SPACE_HOST_KV_DEV;
-    return (ps_kv_view){.k = staged ? stage_ref(l, unit, false) : ps_ref(space, kv->offset),
-        .v = staged ? stage_ref(l, unit, true) : ps_ref(space, kv->offset + kv->v_skip),
-        .table = in_batch(side, staged ? l->batch->stage_table : l->batch->table),
-        .fmt = p->spec.kv_fmt,
-        .n_kv_head = l->model->units[unit].n_rows,
-        .head_dim = l->hp->head_dim,
-        .page_tok = PS_KV_PAGE_TOK,
-        .max_pages = p->max_pages,
-        .n_pages = staged ? p->max_pages : p->max_pages * p->spec.n_seq,
-        .n_seq = p->spec.n_seq};
-}
-
-/* Pages [from, to) of the pass's sequence between a unit's stage and host memory, K and V. */
-static void copy_pages(lowering *l, uint32_t unit, bool in, uint32_t from, uint32_t to)
-{
-    const ps_unit_kv *kv = &l->plan->kv[unit];
-    uint64_t n_bytes = (to - from) * kv->page_bytes, skip = from * kv->page_bytes;
-    uint64_t host =
-        kv->offset + (uint64_t)l->shape.seq * l->plan->max_pages * kv->page_bytes + skip;
-    for (int v = 0; v < 2; v++) {
-        ps_dptr stage = ps_dptr_add(stage_ref(l, unit, v), skip);
-        ps_dptr home = ps_ref(PS_SPACE_HOST_KV, host + (v ? kv->v_skip : 0));
-        ps_emit_copy(l->e, in, (int32_t)unit, in ? stage : home, in ? home : stage, n_bytes);
-    }
-}
-
-/* What the stages of a layer need of earlier tokens; sent ahead of all else that its attention
- * wants. */
-static void load_stages(lowering *l, uint32_t unit)
-{
-    const ps_unit *u = &l->model->units[unit];
-    for (uint32_t i = u->first_part; i < u->first_part + u->n_parts; i++) load_stages(l, i);
-    if (is_staged(l, unit, ps_plan_side(l->plan, l->shape.tier, unit)) && !ps_unit_is_cut(u))
-        copy_pages(l, unit, true, 0, pages_for(l->shape.first));
-}
-
-/* Where q, k and v of a chunk are, and how they lie there. */
-typedef struct qkv {
-    ps_dptr q, k, v;
-    uint32_t n_q, ldq, ldk; /* columns of q; ldk of v too */
-} qkv;
-
-static qkv emit_qkv(lowering *l, chunk c, uint32_t unit)
-{
-    const ps_hparams *hp = l->hp;
-    uint32_t n_k = l->model->units[unit].n_rows * hp->head_dim,
-             n_q = n_k * (hp->n_head / hp->n_kv_head);
-    ps_dptr norm = in_buf(l, c.side, PS_BUF_NORM, 0);
-    qkv x = {.q = in_buf(l, c.side, PS_BUF_Q, 0),
-        .k = in_buf(l, c.side, PS_BUF_K, 0),
-        .v = in_buf(l, c.side, PS_BUF_V, 0),
-        .n_q = n_q,
-        .ldq = n_q,
-        .ldk = n_k};
-    if (ps_model_find(l->model, unit, PS_W_QKV) != NULL) {
-        x.k = ps_dptr_add(x.q, (uint64_t)n_q * sizeof(float));
-        x.v = ps_dptr_add(x.k, (uint64_t)n_k * sizeof(float));
-        x.ldq = x.ldk = n_q + 2 * n_k;
-        ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd,
-            &(linear){PS_W_QKV, PS_W_QKV_B, x.q, x.ldq}, 1, false);
-        return x;
-    }
-    linear parts[3] = {{PS_W_Q, PS_W_Q_B, x.q, x.ldq}, {PS_W_K, PS_W_K_B, x.k, x.ldk},
-        {PS_W_V, PS_W_V_B, x.v, x.ldk}};
-    ps_lower_emit_matmul(l, c, unit, norm, c.n, hp->n_embd, parts, 3, false);
-    return x;
-}
-
-static void lower_attn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dptr y, bool add)
-{
-    const ps_hparams *hp = l->hp;
-    uint32_t i_rope = l->model->layers[layer].i_rope;
-    ps_dptr att = in_buf(l, c.side, PS_BUF_ATT, 0);
-    qkv x = emit_qkv(l, c, unit);
-    ps_qkv_prep_args prep = {.q = x.q,
-        .k = x.k,
-        .v = x.v,
-        .q_norm = ps_lower_vector(l, c.side, unit, PS_W_Q_NORM),
-        .k_norm = ps_lower_vector(l, c.side, unit, PS_W_K_NORM),
-        .freq = in_const(c.side, l->plan->rope_offset[i_rope]),
-        .pos = chunk_batch(c, l->batch->pos),
-        .seq = chunk_batch(c, l->batch->seq),
-        .kv = kv_view(l, unit, c.side),
-        .n_tok = c.n,
-        .n_head = x.n_q / hp->head_dim,
-        .ldq = x.ldq,
-        .ldk = x.ldk,
-        .ldv = x.ldk,
-        .n_rot = hp->n_rot,
-        .rope = hp->rope,
-        .mag = l->plan->rope_mag[i_rope],
-        .eps = hp->eps};
-    memcpy(prep.sections, hp->rope_sections, sizeof prep.sections);
-    if (hp->rope == PS_ROPE_MROPE) /* [chunk][4][n]: each chunk has its own block */
-        prep.rope_pos =
-            in_batch(c.side, l->batch->rope_pos + (uint64_t)c.first * 4 * sizeof(int32_t));
-    ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_QKV_PREP, &prep, NULL, 0);
-    if (is_staged(l, unit, c.side)) /* saved while the attention goes on */
-        copy_pages(l, unit, false, page_of(l->shape.first + c.first),
-            pages_for(l->shape.first + c.first + c.n));
-
-    ps_attn_args attn = {.q = x.q,
-        .out = att,
-        .sinks = ps_lower_vector(l, c.side, unit, PS_W_SINKS),
-        .pos = prep.pos,
-        .seq = prep.seq,
-        .kv = prep.kv,
-        .n_tok = c.n,
-        .n_head = prep.n_head,
-        .ldq = x.ldq,
-        .ldo = x.n_q,
-        .max_kv = l->shape.max_kv,
-        .n_after = l->shape.n_tok - c.first - c.n,
-        .window = l->model->layers[layer].window,
-        .scale = hp->attn_scale,
-        .softcap = hp->attn_softcap};
-    ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ATTN, &attn, NULL, 0);
-    emit_output(l, c, unit, PS_W_O, PS_W_O_B, att, x.n_q, y, add);
 }
 
 static void lower_ffn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dptr y, bool add)
@@ -312,7 +159,7 @@ static void lower_ffn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dp
         act.out = up;
     }
     ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ACT, &act, NULL, 0);
-    emit_output(l, c, unit, PS_W_DOWN, PS_W_DOWN_B, act.out, f, y, add);
+    ps_lower_emit_output(l, c, unit, PS_W_DOWN, PS_W_DOWN_B, act.out, f, y, add);
 }
 
 /* ---- both ends ---- */
@@ -348,8 +195,8 @@ static void lower_pass(lowering *l)
     lower_embed(l);
     l->embedded = true;
     for (uint32_t layer = 0; layer < l->hp->n_layer; layer++) {
-        load_stages(l, (uint32_t)m->layers[layer].attn);
-        ps_lower_block(l, layer, (uint32_t)m->layers[layer].attn, lower_attn);
+        ps_lower_load_stages(l, (uint32_t)m->layers[layer].attn);
+        ps_lower_block(l, layer, (uint32_t)m->layers[layer].attn, ps_lower_attn);
         l->embedded = false;
         if (m->layers[layer].ffn >= 0)
             ps_lower_block(l, layer, (uint32_t)m->layers[layer].ffn, lower_ffn);
@@ -365,12 +212,14 @@ void ps_batch_lay_out(const ps_plan *plan, const ps_pass_shape *shape, ps_batch_
 {
     uint64_t at = 0, tok = (uint64_t)shape->n_tok * sizeof(int32_t);
     uint64_t table = (uint64_t)plan->spec.n_seq * plan->max_pages * sizeof(int32_t);
+    uint64_t windows = shape->staged ? 0 : plan->n_windows * table;
     bool mrope = plan->model->hp.rope == PS_ROPE_MROPE;
     struct {
         uint64_t *offset, n_bytes;
     } parts[] = {{&b->ids, tok}, {&b->pos, tok}, {&b->seq, tok},
         {&b->rope_pos, mrope ? 4 * tok : 0}, {&b->rows, (uint64_t)shape->n_out * sizeof(int32_t)},
-        {&b->table, table}, {&b->stage_table, shape->staged ? table : 0}};
+        {&b->table, table}, {&b->stage_table, shape->staged ? table : 0}, {&b->near, windows},
+        {&b->far, windows}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         *parts[i].offset = at;
         at = (at + parts[i].n_bytes + 63) / 64 * 64;

@@ -120,6 +120,10 @@ void ps_lower_emit_norm(lowering *l, chunk c, uint32_t unit, ps_role role, ps_dp
 void ps_lower_emit_matmul(lowering *l, chunk c, uint32_t unit, ps_dptr x, uint32_t n_tok,
     uint32_t n_cols, const linear *parts, uint32_t n_parts, bool add);
 
+/* y (+)= W in + bias: the last matrix of a block. */
+void ps_lower_emit_output(lowering *l, chunk c, uint32_t unit, ps_role role, ps_role bias,
+    ps_dptr in, uint32_t n_cols, ps_dptr y, bool add);
+
 /* A block behind its norm: y (+)= block(norm), for the tokens of a chunk on its side. `unit` is the
  * whole unit or a part of it, with what it has of rows or heads. */
 typedef void (*ps_lower_body)(
@@ -129,6 +133,14 @@ typedef void (*ps_lower_body)(
 void ps_lower_block(lowering *l, uint32_t layer, uint32_t unit, ps_lower_body body);
 /* Gathers the rows that logits are wanted of and multiplies them. */
 void ps_lower_head(lowering *l);
+
+/* ---- attention (ps_lower_attn.c) ---- */
+
+/* What the stages of a layer need of earlier tokens; sent ahead of all else that its attention
+ * wants. */
+void ps_lower_load_stages(lowering *l, uint32_t unit);
+/* A ps_lower_body. */
+void ps_lower_attn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dptr y, bool add);
 
 /* A layer's router and experts, over every chunk (ps_lower_moe.c). */
 void ps_lower_moe(lowering *l, uint32_t layer);

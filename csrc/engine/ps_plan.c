@@ -140,29 +140,43 @@ static bool has_kv(const ps_unit *u)
     return u->kind == PS_UNIT_ATTN && u->n_rows > 0 && !ps_unit_is_cut(u);
 }
 
-static ps_status find_kv_home(ps_plan *p, uint32_t unit, ps_err *err)
+/* The window of so many pages over layers of this reach; one more if there is none yet. */
+static uint32_t find_window(ps_plan *p, uint32_t n_pages, uint32_t reach)
+{
+    for (uint32_t i = 0; i < p->n_windows; i++)
+        if (p->windows[i].n_pages == n_pages && p->windows[i].reach == reach) return i;
+    p->windows[p->n_windows] = (ps_kv_window){.n_pages = n_pages, .reach = reach};
+    return p->n_windows++;
+}
+
+/* Where some tier attends on the CPU and another on the GPU, host memory alone serves both. A
+ * window of whole pages holds the newest tokens only with one page more, because the newest is
+ * filling; a window of as many pages as there are is all of it. */
+static void find_kv_home(ps_plan *p, uint32_t unit)
 {
     uint32_t n_on[PS_SIDE_COUNT] = {0}, layer = (uint32_t)p->model->units[unit].layer;
     for (uint32_t t = 0; t < p->spec.n_tiers; t++) n_on[ps_plan_side(p, t, unit)]++;
     uint32_t vram_tok = p->has_kv_vram_tok ? p->kv_vram_tok[layer] : p->spec.n_ctx;
-    if (vram_tok != 0 && vram_tok < p->spec.n_ctx)
-        return ps_plan_refuse(
-            p, 0, unit, err, "kv_vram_tok must be 0 or at least n_ctx in this version");
-    if (n_on[PS_SIDE_DEV] == 0)
-        p->kv[unit].home = PS_KV_HOST;
-    else if (n_on[PS_SIDE_HOST] == 0 && vram_tok > 0)
-        p->kv[unit].home = PS_KV_DEV;
-    else
-        p->kv[unit].home = PS_KV_BACKED;
-    p->kv_backed = p->kv_backed || p->kv[unit].home == PS_KV_BACKED;
-    return PS_OK;
+    uint64_t n_pages = ps_div_up_u64(vram_tok, PS_KV_PAGE_TOK) + 1;
+    ps_unit_kv *kv = &p->kv[unit];
+    if (n_on[PS_SIDE_DEV] == 0) {
+        kv->home = PS_KV_HOST;
+    } else if (n_on[PS_SIDE_HOST] > 0 || vram_tok == 0) {
+        kv->home = PS_KV_BACKED;
+    } else if (n_pages >= p->max_pages) {
+        kv->home = PS_KV_DEV;
+    } else {
+        kv->home = PS_KV_WINDOW;
+        kv->window = find_window(p, (uint32_t)n_pages, p->model->layers[layer].window);
+    }
+    p->kv_backed = p->kv_backed || kv->home == PS_KV_BACKED || kv->home == PS_KV_WINDOW;
 }
 
-static ps_status find_kv_homes(ps_plan *p, ps_err *err)
+static void find_kv_homes(ps_plan *p)
 {
+    p->max_pages = (uint32_t)ps_div_up_u64(p->spec.n_ctx, PS_KV_PAGE_TOK);
     for (uint32_t u = 0; u < p->model->n_units; u++)
-        if (has_kv(&p->model->units[u])) TRY(find_kv_home(p, u, err));
-    return PS_OK;
+        if (has_kv(&p->model->units[u])) find_kv_home(p, u);
 }
 
 /* A unit that is cut has no home but those of its parts; only single rows of a tied head are looked
@@ -285,6 +299,7 @@ static void size_buffers(ps_plan *p)
     b[PS_BUF_Q] = c * (fused ? nq + 2 * nk : nq) * f;
     b[PS_BUF_K] = b[PS_BUF_V] = split_qkv ? c * nk * f : 0;
     b[PS_BUF_ATT] = c * nq * f;
+    if (p->n_windows > 0) b[PS_BUF_FAR] = ps_min_u64(c, PS_FAR_ROWS) * (nq + 4ull * hp->n_head) * f;
     b[PS_BUF_GATE] = dense && hp->ffn_gated ? c * hp->n_ff * f : 0;
     b[PS_BUF_UP] = dense ? c * hp->n_ff * (hp->fused_gate_up ? 2 : 1) * f : 0;
     b[PS_BUF_ROUTER] = experts ? c * hp->n_expert * f : 0;
@@ -303,7 +318,7 @@ static uint64_t lay_out_buffers(ps_plan *p)
 {
     static const ps_buf always[] = {PS_BUF_X, PS_BUF_NORM, PS_BUF_OUT, PS_BUF_WS};
     static const ps_buf phases[][7] = {
-        {PS_BUF_Q, PS_BUF_K, PS_BUF_V, PS_BUF_ATT, PS_BUF_COUNT},
+        {PS_BUF_Q, PS_BUF_K, PS_BUF_V, PS_BUF_ATT, PS_BUF_FAR, PS_BUF_COUNT},
         {PS_BUF_GATE, PS_BUF_UP, PS_BUF_COUNT},
         {PS_BUF_ROUTER, PS_BUF_ROUTE, PS_BUF_PTRS, PS_BUF_H, PS_BUF_Y, PS_BUF_Y_OTHER,
             PS_BUF_COUNT},
@@ -335,6 +350,11 @@ static ps_status measure_at(
         .tier = tier, .n_tok = n, .n_out = n, .max_kv = p->max_pages * PS_KV_PAGE_TOK};
     TRY(ps_lower_measure(p, &shape, &ws, &table, err));
     *ws_bytes = ps_max_u64(*ws_bytes, ws);
+    if (p->n_windows > 0) { /* attention in two parts and in one want different amounts */
+        shape.far = UINT32_MAX;
+        TRY(ps_lower_measure(p, &shape, &ws, &table, err));
+        *ws_bytes = ps_max_u64(*ws_bytes, ws);
+    }
     if (table > *n_table) *n_table = table;
     return PS_OK;
 }
@@ -379,7 +399,6 @@ static ps_status lay_out_kv(ps_plan *p, ps_err *err)
 {
     const ps_hparams *hp = &p->model->hp;
     uint64_t *bytes = p->space_bytes, row = 0, layer_kv = 0, n_pages = 0;
-    p->max_pages = (p->spec.n_ctx + PS_KV_PAGE_TOK - 1) / PS_KV_PAGE_TOK;
     n_pages = (uint64_t)p->max_pages * p->spec.n_seq;
     if (!ps_fmt_row_bytes(p->spec.kv_fmt, hp->head_dim, &row) ||
         !ps_mul_u64(row * PS_KV_PAGE_TOK, hp->n_kv_head, &p->kv_page_bytes) ||
@@ -395,6 +414,10 @@ static ps_status lay_out_kv(ps_plan *p, ps_err *err)
         kv->page_bytes = row * PS_KV_PAGE_TOK * p->model->units[u].n_rows;
         kv->v_skip = kv->page_bytes * n_pages;
         bytes[space] += 2 * kv->v_skip;
+        if (kv->home != PS_KV_WINDOW) continue;
+        kv->near_offset = bytes[PS_SPACE_DEV_KV];
+        kv->near_v_skip = kv->page_bytes * p->windows[kv->window].n_pages * p->spec.n_seq;
+        bytes[PS_SPACE_DEV_KV] += 2 * kv->near_v_skip;
     }
     p->kv_stage_offset = bytes[PS_SPACE_DEV_KV];
     if (p->kv_backed) {
@@ -434,14 +457,16 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
     at += align_up((uint64_t)n_table * sizeof(ps_dptr));
     bytes[PS_SPACE_HOST_CONST] = at;
     if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_CONST] = at;
-    ps_batch_layout batch = {0};
-    ps_pass_shape largest = {
-        .n_tok = p->spec.pass_tok, .n_out = p->spec.pass_tok, .staged = p->kv_backed};
-    ps_batch_lay_out(p, &largest, &batch);
-    bytes[PS_SPACE_HOST_BATCH] = batch.n_bytes;
+    for (int staged = 0; staged <= p->kv_backed; staged++) {
+        ps_batch_layout batch = {0};
+        ps_pass_shape largest = {
+            .n_tok = p->spec.pass_tok, .n_out = p->spec.pass_tok, .staged = staged != 0};
+        ps_batch_lay_out(p, &largest, &batch);
+        bytes[PS_SPACE_HOST_BATCH] = ps_max_u64(bytes[PS_SPACE_HOST_BATCH], batch.n_bytes);
+    }
     /* Even a plan that leaves everything on the CPU keeps this much, so that "needs" is never zero.
      */
-    if (p->spec.accelerator) bytes[PS_SPACE_DEV_BATCH] = batch.n_bytes;
+    if (p->spec.accelerator) bytes[PS_SPACE_DEV_BATCH] = bytes[PS_SPACE_HOST_BATCH];
     return PS_OK;
 }
 
@@ -493,10 +518,11 @@ static ps_status fill(ps_plan *p, const ps_plan_spec *spec, ps_err *err)
     m = p->model;
     p->homes = ps_alloc(m->n_units, sizeof *p->homes);
     p->kv = ps_alloc(m->n_units, sizeof *p->kv);
-    if (p->homes == NULL || p->kv == NULL)
+    p->windows = ps_alloc(m->hp.n_layer, sizeof *p->windows);
+    if (p->homes == NULL || p->kv == NULL || p->windows == NULL)
         return ps_fail(err, PS_ENOMEM, "no host memory for a plan of %u units", m->n_units);
     TRY(check_places(p, err));
-    TRY(find_kv_homes(p, err));
+    find_kv_homes(p);
     find_homes(p);
     for (uint32_t i = 0; i < m->hp.n_rope; i++) {
         float freq[PS_MAX_HEAD_DIM / 2];
@@ -540,6 +566,7 @@ void ps_plan_destroy(ps_plan *plan)
     ps_free(plan->kv_vram_tok);
     ps_free(plan->homes);
     ps_free(plan->kv);
+    ps_free(plan->windows);
     ps_cut_destroy(plan->cut);
     ps_free(plan);
 }

@@ -42,7 +42,8 @@ typedef struct ps_plan_spec {
     const ps_tier *tiers;   /* ascending max_tok, the last unbounded */
     const ps_place *places; /* [n_tiers][n_units] */
     const uint32_t
-        *kv_vram_tok; /* [n_layer] newest tokens kept in VRAM; NULL: all where attn is on the GPU */
+        *kv_vram_tok; /* [n_layer] newest tokens of a sequence kept in VRAM, in whole pages and one
+                         more; NULL: all where attn is on the GPU in every tier */
     uint32_t n_slots;
     uint64_t slot_bytes; /* 0: no ring */
     uint32_t chunk_tok;  /* most tokens of one op call */
@@ -102,6 +103,7 @@ typedef enum ps_buf {
     PS_BUF_K,
     PS_BUF_V,
     PS_BUF_ATT, /* f32 [chunk][n_head * head_dim] */
+    PS_BUF_FAR, /* f32 [PS_FAR_ROWS][n_head * head_dim], and (max, sum) of [near, far][row][head] */
     PS_BUF_OUT, /* f32 [chunk][n_embd] a block's output before post norm */
     PS_BUF_GATE,
     PS_BUF_UP,      /* f32 [chunk][n_ff] */
@@ -126,31 +128,59 @@ typedef struct ps_unit_home {
  * DEV: in VRAM. HOST: in host memory, attention on the CPU. BACKED: in host memory, attention
  * (also) on the GPU: a prompt's pass works on a stage in VRAM that holds the one layer in hand,
  * loaded before and saved behind the compute; single tokens are attended where they lie, over the
- * bus. */
-typedef enum ps_kv_home { PS_KV_DEV, PS_KV_HOST, PS_KV_BACKED } ps_kv_home;
-enum { PS_KV_STAGES = 2 }; /* one layer loads while another computes */
+ * bus. WINDOW: as BACKED, and each sequence's newest pages are in VRAM too, so that only older ones
+ * are read over the bus; the two partial attentions are merged. */
+typedef enum ps_kv_home { PS_KV_DEV, PS_KV_HOST, PS_KV_BACKED, PS_KV_WINDOW } ps_kv_home;
+enum {
+    PS_KV_STAGES = 2, /* one layer loads while another computes */
+    PS_FAR_ROWS = 64, /* tokens whose two partial attentions are held at a time */
+};
+
+/* Layers whose newest pages come and go alike. Page i of sequence s is page s * n_pages + i %
+ * n_pages of a unit's window, from when its first token is written until page i + n_pages is. */
+typedef struct ps_kv_window {
+    uint32_t n_pages; /* of one sequence in VRAM */
+    uint32_t reach;   /* tokens that attention looks back; 0: all */
+} ps_kv_window;
+
+/* First page that can be in VRAM once a sequence has `length` tokens, at least one. */
+static inline uint32_t ps_kv_window_first(const ps_kv_window *w, uint32_t length)
+{
+    uint32_t end = (length - 1) / PS_KV_PAGE_TOK + 1;
+    return end > w->n_pages ? end - w->n_pages : 0;
+}
+/* Page of the oldest token that a token at `position` attends to. */
+static inline uint32_t ps_kv_window_oldest(const ps_kv_window *w, uint32_t position)
+{
+    return w->reach > 0 && position >= w->reach ? (position - w->reach + 1) / PS_KV_PAGE_TOK : 0;
+}
 
 typedef struct ps_unit_kv { /* zeros unless attention */
     ps_kv_home home;
-    uint64_t offset;     /* of K in DEV_KV or HOST_KV */
-    uint64_t page_bytes; /* K (or V) of one page */
-    uint64_t v_skip;     /* from K to V */
+    uint64_t offset;      /* of K in DEV_KV or HOST_KV */
+    uint64_t page_bytes;  /* K (or V) of one page */
+    uint64_t v_skip;      /* from K to V */
+    uint32_t window;      /* WINDOW only, as the next two: which of the plan's */
+    uint64_t near_offset; /* of K in DEV_KV */
+    uint64_t near_v_skip;
 } ps_unit_kv;
 
 typedef struct ps_plan {
     /* The model as this plan cuts it: `cut` where some unit is split, else the caller's (borrowed).
      * n_units below is its number of units. */
     const ps_model *model;
-    ps_model *cut;            /* owns, but for what it shares with the caller's model; NULL: none */
-    ps_plan_spec spec;        /* its pointers are those below */
-    ps_tier *tiers;           /* owns; [n_tiers] */
-    ps_place *places;         /* owns; [n_tiers][n_units] */
-    uint32_t *kv_vram_tok;    /* owns; [n_layer] */
-    bool has_kv_vram_tok;     /* false: the spec left it to the places */
-    ps_unit_home *homes;      /* owns; [n_units] */
-    ps_unit_kv *kv;           /* owns; [n_units] */
-    uint64_t kv_stage_offset; /* in DEV_KV: stages of BACKED layers, K and V of one sequence each */
-    bool kv_backed;           /* is any unit's BACKED */
+    ps_model *cut;         /* owns, but for what it shares with the caller's model; NULL: none */
+    ps_plan_spec spec;     /* its pointers are those below */
+    ps_tier *tiers;        /* owns; [n_tiers] */
+    ps_place *places;      /* owns; [n_tiers][n_units] */
+    uint32_t *kv_vram_tok; /* owns; [n_layer] */
+    bool has_kv_vram_tok;  /* false: the spec left it to the places */
+    ps_unit_home *homes;   /* owns; [n_units] */
+    ps_unit_kv *kv;        /* owns; [n_units] */
+    ps_kv_window *windows; /* owns; [n_layer], n_windows in use */
+    uint32_t n_windows;
+    uint64_t kv_stage_offset; /* in DEV_KV: stages, K and V of one layer and sequence each */
+    bool kv_backed;           /* is any unit's BACKED or WINDOW */
     bool uses[PS_SIDE_COUNT]; /* does any unit compute there in any tier */
     uint64_t buf_offset[PS_BUF_COUNT]; /* in DEV_ACT and HOST_ACT alike */
     uint64_t buf_bytes[PS_BUF_COUNT];

@@ -25,6 +25,16 @@ uint32_t ps_pass_kv_bucket(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv)
     return (uint32_t)ps_min_u64(bucket, most);
 }
 
+uint32_t ps_pass_far(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv)
+{
+    uint32_t far = 0, first = max_kv > n_tok ? max_kv - n_tok : 0;
+    for (uint32_t i = 0; i < plan->n_windows && max_kv > 0; i++)
+        if (ps_kv_window_first(&plan->windows[i], max_kv) >
+            ps_kv_window_oldest(&plan->windows[i], first))
+            far |= ps_pass_far_bit(i);
+    return far;
+}
+
 uint32_t ps_tick_ranges(const ps_ticks *t, uint32_t i, ps_range *out, uint32_t cap)
 {
     const ps_tick *k = &t->tick[i];
@@ -87,6 +97,17 @@ static expert_count count_experts(const ps_ticks *t, uint32_t i, ps_dptr table, 
     return n;
 }
 
+/* Of what attention would read were all keys in host memory, that which no window holds. */
+static uint64_t far_bytes(
+    const ps_plan *plan, int32_t unit, const ps_attn_args *a, uint64_t all_bytes)
+{
+    const ps_unit_kv *kv = &plan->kv[unit];
+    if (kv->home != PS_KV_WINDOW) return all_bytes;
+    uint64_t keys = a->window > 0 ? ps_min_u64(a->window, a->max_kv) : a->max_kv,
+             near = (uint64_t)(plan->windows[kv->window].n_pages - 1) * PS_KV_PAGE_TOK;
+    return near < keys ? (uint64_t)((double)all_bytes * (double)(keys - near) / (double)keys) : 0;
+}
+
 ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
 {
     const ps_tick *k = &t->tick[i];
@@ -112,7 +133,8 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
     } else if (k->op == PS_OP_ATTN) {
         ps_attn_args a;
         memcpy(&a, t->args + k->index, sizeof a);
-        if (ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV_DEV) cost.bus_bytes = cost.bytes;
+        if (ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV_DEV)
+            cost.bus_bytes = cost.bytes = far_bytes(t->plan, k->unit, &a, cost.bytes);
     } else if (k->op == PS_OP_MOE_COMBINE) {
         ps_moe_combine_args a;
         memcpy(&a, t->args + k->index, sizeof a);

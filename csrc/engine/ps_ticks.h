@@ -48,6 +48,7 @@ typedef struct ps_batch_layout {
     uint64_t rows;          /* [n_out]: tokens whose logits are wanted */
     uint64_t table;         /* [n_seq][max_pages] */
     uint64_t stage_table;   /* [n_seq][max_pages]: page i of any sequence is page i of a stage */
+    uint64_t near, far; /* [n_windows][n_seq][max_pages], unless staged: pages in VRAM; others */
     uint64_t n_bytes;
 } ps_batch_layout;
 
@@ -56,8 +57,11 @@ typedef struct ps_pass_shape {
     uint32_t n_tok;
     uint32_t n_out;  /* tokens whose logits are wanted; <= n_tok */
     uint32_t max_kv; /* no position is >= max_kv */
-    /* Plans with BACKED layers only: the pass is tokens first .. first + n_tok - 1 of one sequence,
-     * so that its KV can be staged. Else false, 0, 0. */
+    /* Bit i: of some sequence, attention of the plan's window i reads pages that are in host memory
+     * only; the last bit speaks for all windows from there on. Unless staged. */
+    uint32_t far;
+    /* Plans with KV in host memory only: the pass is tokens first .. first + n_tok - 1 of one
+     * sequence, so that its KV can be staged. Else false, 0, 0. */
     bool staged;
     uint32_t seq, first;
 } ps_pass_shape;
@@ -70,6 +74,19 @@ enum {
 /* The KV length that a pass is lowered for: rounded up, so that not every token needs a list of its
  * own. */
 uint32_t ps_pass_kv_bucket(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv);
+
+/* Is a pass of n_tok consecutive tokens of one sequence staged? That pays when many tokens read the
+ * same keys; a few read them over the bus, with lists that serve any length. */
+static inline bool ps_pass_is_staged(const ps_plan *plan, uint32_t n_tok)
+{
+    return plan->kv_backed && n_tok > PS_SMALL_PASS_TOK;
+}
+static inline uint32_t ps_pass_far_bit(uint32_t window)
+{
+    return 1u << (window < 31 ? window : 31);
+}
+/* `far` of a pass whose tokens end at max_kv, where every window holds all that it can. */
+uint32_t ps_pass_far(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv);
 
 /* Are streamed experts read over the bus, by address, instead of loaded? Where the tokens of a pass
  * use at most half of a layer's experts, that moves fewer bytes. GATHER_EXPERTS then brings what is

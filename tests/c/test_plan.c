@@ -86,8 +86,9 @@ static void apply_pattern(fixture *f, int pattern)
         bool can = kind == PS_UNIT_ATTN || kind == PS_UNIT_FFN || kind == PS_UNIT_HEAD;
         if (pattern >= FIRST_SPLIT && can && draw != 0) split(f, u, &seed);
     }
-    static const uint32_t none_in_vram[64] = {0};
-    f->spec.kv_vram_tok = pattern % 3 == 2 ? none_in_vram : NULL;
+    static const uint32_t none_in_vram[64] = {0},
+                          windows[64] = {64, 1, 128, 0, 64, 100, 65, 1 << 30};
+    f->spec.kv_vram_tok = pattern % 6 == 5 ? windows : pattern % 3 == 2 ? none_in_vram : NULL;
     f->spec.n_slots = rings[pattern % 4][0];
     f->spec.slot_bytes = rings[pattern % 4][1];
 }
@@ -108,6 +109,8 @@ PS_TEST(every_architecture_lowers_and_checks)
                 {.tier = 1, .n_tok = 40, .n_out = 40, .max_kv = 64},
                 {.tier = 1, .n_tok = 33, .n_out = 1, .max_kv = 256},
                 {.tier = 0, .n_tok = 2, .n_out = 0, .max_kv = 64},
+                {.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 256, .far = UINT32_MAX},
+                {.tier = 1, .n_tok = 45, .n_out = 2, .max_kv = 256, .far = 2},
                 {.tier = 1,
                     .n_tok = 40,
                     .n_out = 1,
@@ -357,7 +360,7 @@ PS_TEST(budget_is_exact)
 {
     fixture f;
     if (!open_fixture(&f, "llama3-rope.q8_0.gguf", true)) return;
-    static const int patterns[] = {0, 1, 2, 3, FIRST_SPLIT + 1, FIRST_SPLIT + 2};
+    static const int patterns[] = {0, 1, 2, 3, 5, FIRST_SPLIT + 1, FIRST_SPLIT + 2};
     for (size_t i = 0; i < sizeof patterns / sizeof *patterns; i++) {
         int pattern = patterns[i];
         ps_plan *plan = NULL;
@@ -377,6 +380,79 @@ PS_TEST(budget_is_exact)
         PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_EBUDGET);
         PS_CHECK(err.needed == needed && err.budget == needed - 1);
     }
+    close_fixture(&f);
+}
+
+/* Newest pages, one more than kv_vram_tok fills, of each sequence; and stages for one sequence. */
+PS_TEST(windows_take_their_pages_and_no_more)
+{
+    fixture f;
+    if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
+    static const struct {
+        uint32_t vram_tok, n_pages; /* of 4 */
+    } rows[] = {{0, 0}, {1, 2}, {64, 2}, {65, 3}, {128, 3}, {129, 4}, {255, 4}, {1 << 30, 4}};
+    apply_pattern(&f, 1);
+    const ps_hparams *hp = &f.model->hp;
+    uint64_t page =
+        2ull * PS_KV_PAGE_TOK * hp->n_kv_head * hp->head_dim * 2; /* K and V in 16 bits */
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        uint32_t vram_tok[64], n = rows[i].n_pages;
+        for (int j = 0; j < 64; j++) vram_tok[j] = rows[i].vram_tok;
+        f.spec.kv_vram_tok = vram_tok;
+        ps_plan *plan = NULL;
+        ps_err err = {0};
+        ps_test_case("%u tokens", rows[i].vram_tok);
+        PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+        if (plan == NULL) break;
+        uint64_t near = page * n * f.spec.n_seq * hp->n_layer,
+                 all = page * 4 * f.spec.n_seq * hp->n_layer, stages = PS_KV_STAGES * page * 4;
+        PS_CHECK(plan->space_bytes[PS_SPACE_DEV_KV] == near + (n < 4 ? stages : 0));
+        PS_CHECK(plan->space_bytes[PS_SPACE_HOST_KV] == (n < 4 ? all : 0));
+        ps_plan_destroy(plan);
+    }
+    ps_test_case("%s", "");
+    close_fixture(&f);
+}
+
+/* One token behind a long history: layers that look back no further than their window never touch
+ * host memory but to save; the others attend twice and merge. */
+PS_TEST(sliding_windows_within_a_window_stay_in_vram)
+{
+    fixture f;
+    if (!open_fixture(&f, "gemma3.q4_0.gguf", true)) return;
+    uint32_t vram_tok[64], n_far = 0, n_merges = 0, n_global = 0;
+    for (int j = 0; j < 64; j++) vram_tok[j] = 64;
+    apply_pattern(&f, 1);
+    f.spec.kv_vram_tok = vram_tok;
+    ps_plan *plan = NULL;
+    ps_ticks *t = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    if (plan != NULL) {
+        ps_pass_shape shape = {
+            .n_tok = 1, .n_out = 1, .max_kv = 256, .far = ps_pass_far(plan, 1, 250)};
+        PS_CHECK(plan->n_windows == 2 && ps_pass_far(plan, 1, 128) == 0);
+        PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+    }
+    for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
+        const ps_tick *k = &t->tick[i];
+        if (k->kind != PS_TICK_RUN) continue;
+        n_merges += k->op == PS_OP_ATTN_MERGE;
+        if (k->op != PS_OP_ATTN) continue;
+        ps_attn_args a;
+        memcpy(&a, t->args + k->index, sizeof a);
+        bool far = ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV_DEV,
+             global = f.model->layers[f.model->units[k->unit].layer].window == 0;
+        PS_CHECK(!far || global);
+        n_far += far;
+        n_global += global && !far;
+        if (far) /* 256 tokens less a whole page that surely is in VRAM */
+            PS_CHECK(ps_tick_cost(t, i).bus_bytes > 0 &&
+                     ps_tick_cost(t, i).bus_bytes < 3 * ps_op_cost(PS_OP_ATTN, &a).bytes / 4 + 1);
+    }
+    PS_CHECK(n_far > 0 && n_far == n_merges && n_far == n_global);
+    ps_ticks_destroy(t);
+    ps_plan_destroy(plan);
     close_fixture(&f);
 }
 

@@ -95,6 +95,8 @@ def sound_spec(model: Model, rng: Rng) -> Spec:
     if kv > 0:
         chance = float(rng.choice([0.0, 0.3, 1.0]))
         spec["kv_vram_tok"] = np.where(rng.random(n_layer) < chance, 0, 1 << 30).astype(np.uint32)
+        if rng.random() < 0.5:
+            spec["kv_vram_tok"] = rng.choice([0, 1, 64, 100, 1 << 30], n_layer).astype(np.uint32)
     return spec
 
 
