@@ -243,6 +243,27 @@ PS_TEST(gather_experts)
 {
     run_group("gather_experts");
 }
+/* A pass that is given up brings in nothing more; the tables stay good to read. */
+PS_TEST(gathers_end_where_a_pass_is_given_up)
+{
+    const uint32_t given_up = 1;
+    ops_call c;
+    PS_REQUIRE(ops_gather_experts_at(0, &c));
+    ops_bind_host(&c);
+    const ps_launch launch = {.abort = &given_up};
+    PS_CHECK_STATUS(ps_cpu_ops("ref")->op[c.kind](&launch, &c.args), PS_OK);
+    const ops_buf *slots = ops_find(&c, offsetof(ps_gather_experts_args, slots));
+    PS_CHECK(memcmp(slots->got, slots->host, slots->n_bytes) == 0);
+    ops_name_host_ptrs(&c);
+    ops_result want = ops_keep(&c);
+    PS_CHECK_STATUS(ops_run_ref(&c), PS_OK);
+    PS_CHECK(memcmp(slots->got, slots->host, slots->n_bytes) != 0);
+    for (uint32_t i = 0; i < c.n_bufs; i++)
+        if (c.buf[i].is_out && c.buf[i].content == OPS_PTRS)
+            PS_CHECK(memcmp(c.buf[i].got, want.bytes[i], c.buf[i].n_bytes) == 0);
+    ops_result_fini(&want);
+    ops_call_fini(&c);
+}
 PS_TEST(moe_up)
 {
     run_group("moe_up");
