@@ -22,6 +22,8 @@ from .trace import Attribution, Names, Trace, compare
 
 __all__ = ["Recorder", "Recording", "TracedEngine"]
 
+_MOST_DECODED = 32  # tokens that run again for a trace: enough to see what one of them takes
+
 
 class Recording:
     """What `with eng.tracing() as recording` gives: `trace` is there when the block has ended."""
@@ -91,12 +93,26 @@ class TracedEngine:
     def _looking(self) -> AbstractContextManager[_core.Engine]:
         raise NotImplementedError
 
+    def _run_again(self, most_decoded: int) -> None:
+        """The last call's prompt and the first of its tokens, as a fresh sequence."""
+        raise NotImplementedError
+
     def trace(self, path: str | os.PathLike[str] | None = None) -> Trace:
-        """What passes did since the engine was opened with trace=True, or since the last call: the latest that fit a
-        ring of 32 MiB, hundreds of tokens. Written to `path` for ui.perfetto.dev, returned and forgotten. To trace a
-        part, on any engine: `with eng.tracing("run.json"): ...`."""
+        """What passes did since the engine was opened with trace=True, or since the last trace(): the latest that fit a
+        ring of 32 MiB, hundreds of tokens. Written to `path` for ui.perfetto.dev, returned and forgotten.
+
+        An engine opened without trace=True has recorded nothing: then the last call's prompt and up to 32 of its
+        tokens run again, recorded. To trace a part, on any engine: `with eng.tracing("run.json"): ...`."""
+        with self._looking():
+            recorded = self._recorder.recording
+        if not recorded:
+            with self.tracing() as again:
+                self._run_again(_MOST_DECODED)
+            assert again.trace is not None
+            if path is not None:
+                again.trace.save(path)
+            return again.trace
         with self._looking() as core:
-            self._recorder.check()
             trace = self._recorder.read(core)
             if path is not None:
                 trace.save(path)

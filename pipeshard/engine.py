@@ -72,7 +72,7 @@ class Engine(TracedEngine):
     then decides instead of policy, n_ctx, n_seq and kv. profile: of the machine, or its file; None: measured on a GPU,
     once, and kept; False: without measuring. n_ctx 0: the model's own. threads: of the CPU; None: all, but for one or
     two beside a GPU. locked_limit, ram_limit: of page-locked and of all host memory. trace: record what passes do, for
-    trace()."""
+    trace(), from the start."""
 
     def __init__(
         self,
@@ -123,6 +123,7 @@ class Engine(TracedEngine):
         self._lock = threading.Lock()  # held by whoever uses the core
         self._owner: tuple[object, int] | None = None  # the stream under way and its thread
         self._n_as_prompt = 0  # tokens at the sequence's beginning that ran as part of a prompt
+        self._last_run: tuple[Ids, list[int]] | None = None  # the prompt, and what was decoded
         self._run_stats: Json = _no_run()
         self._simulator: Simulator | None = None
         self._prediction: tuple[tuple[int, int, int], PassTime, PassTime] | None = None
@@ -358,6 +359,7 @@ class Engine(TracedEngine):
         with self._calling() as core:
             self._n_as_prompt = 0
             core.truncate(_SEQ, 0)
+            self._last_run = (ids, [])
             logits = core.append_all(_SEQ, ids)
             self._n_as_prompt = len(ids) if len(ids) > _FEW_TOK else 0
             return logits
@@ -384,6 +386,19 @@ class Engine(TracedEngine):
         if self._n_as_prompt == n_cached and len(tokens) > _FEW_TOK:
             self._n_as_prompt = len(tokens)
         return n_cached
+
+    def _run_again(self, most_decoded: int) -> None:
+        if self._last_run is None:
+            raise RequestError("nothing has run yet that could be traced", argument="trace")
+        if self._owner is not None:
+            raise RequestError("a stream is under way: end it, then trace", argument="trace")
+        prompt, decoded = self._last_run
+        with self._calling() as core:
+            core.truncate(_SEQ, 0)
+            self._n_as_prompt = 0
+            self._read_prompt(core, prompt, keep_answers=False)
+            for token in decoded[:most_decoded]:
+                core.append(_SEQ, np.array([token], np.int32))
 
     @property
     def last_logits(self) -> npt.NDArray[np.float32] | None:
@@ -576,6 +591,7 @@ class _Run:
             self._sampler.accept(tokens)
             self._wall_start = time.perf_counter()
             self._start = _clock(core)
+            engine._last_run = (tokens, [])
             n_cached = engine._read_prompt(core, tokens, self._keep_answers)
             sampled = self._sample(core)
             self._first = _clock(core)
@@ -593,6 +609,8 @@ class _Run:
             raise ClosedError("this stream has ended: its engine began another call or was closed")
         with engine._calling(self._name) as core:
             core.append(_SEQ, np.array([token], np.int32))
+            if engine._last_run is not None:
+                engine._last_run[1].append(token)
             sampled = self._sample(core)
             self._count(core, sampled)
         return sampled

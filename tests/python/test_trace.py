@@ -55,17 +55,35 @@ def make_plan(path: str, where: str) -> ps.Plan:
 
 def test_off_unless_asked_for(llama: str, tmp_path: Path) -> None:
     with open_engine(llama, None, trace=False) as engine:
-        engine.generate(PROMPT, max_tokens=2)
-        for call in (lambda: engine.trace(tmp_path / "t.json"), engine.last_attribution):
-            with pytest.raises(ps.RequestError, match="trace=True") as error:
-                call()
-            assert error.value.argument == "trace"
+        with pytest.raises(ps.RequestError, match="nothing has run") as error:
+            engine.trace(tmp_path / "t.json")
+        assert error.value.argument == "trace"
         assert not list(tmp_path.iterdir())
+        engine.generate(PROMPT, max_tokens=2)
+        with pytest.raises(ps.RequestError, match="trace=True"):
+            engine.last_attribution()
         assert len(engine._core.trace_read(False)[0]) == 0
     with pytest.raises(TypeError, match="trace"):
         open_engine(llama, None, trace="run.json")
     with pytest.raises(ps.ClosedError):
         engine.trace()
+
+
+def test_the_last_call_runs_again_where_nothing_was_recorded(llama: str, tmp_path: Path) -> None:
+    with open_engine(llama, None, trace=False) as engine:
+        text = engine.generate(PROMPT, max_tokens=6, temperature=0)
+        trace = engine.trace(tmp_path / "t.json")
+        assert [step.kind for step in trace.steps] == ["prefill"] + ["decode"] * 5
+        assert json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+        assert engine.generate(PROMPT, max_tokens=6, temperature=0) == text
+        assert len(engine._core.trace_read(False)[0]) == 0
+        pieces = engine.stream(PROMPT, max_tokens=6, temperature=0)
+        first = next(pieces)
+        with pytest.raises(ps.RequestError, match="a stream is under way"):
+            engine.trace()
+        assert first + "".join(pieces) == text
+        engine.logits(list(range(20)))
+        assert [step.n_tok for step in engine.trace().steps] == [20]
 
 
 def test_taken_once(llama: str, heap: None) -> None:
