@@ -75,7 +75,7 @@ def _title(panel: tuple[Any, ...]) -> str:
     model, device, n_prompt, threads = panel
     parts = [model, f"prompt of {n_prompt} tokens"]
     if threads is not None:
-        parts.append(f"{threads} threads")
+        parts.append("1 thread" if threads == 1 else f"{threads} threads")
     if device.startswith("emu"):
         parts.append("emulated GPU")
     elif device != "cuda":
