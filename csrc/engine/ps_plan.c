@@ -382,6 +382,8 @@ static ps_status measure(const ps_plan *p, uint64_t *ws_bytes, uint32_t *n_table
         for (uint32_t n = 1; n <= end; n = n < end && n > end / 2 ? end : n * 2)
             /* Behind whole chunks comes one of any size. */
             if (n >= low || high > s->chunk_tok) TRY(measure_at(p, t, n, ws_bytes, n_table, err));
+        /* The longest pass of one chunk: longer ones may need fewer groups of experts. */
+        if (s->chunk_tok < end) TRY(measure_at(p, t, s->chunk_tok, ws_bytes, n_table, err));
         low = high + 1;
     }
     return PS_OK;

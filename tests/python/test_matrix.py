@@ -167,6 +167,16 @@ def test_every_tier_has_room(models: dict[str, ps.Model]) -> None:
                 assert plan.check(n_tok, min(n_out, n_tok)) > 0
 
 
+def test_passes_of_one_chunk_have_room(models: dict[str, ps.Model]) -> None:
+    """A layer's experts that fit the ring are cut into groups where a pass is one chunk, and only there."""
+    model = models["moe"]
+    spec = random_plans.base_spec(model) | {"chunk_tok": 3, "pass_tok": 4, "logit_rows": 1}
+    spec |= {"tiers": [("all", None)], "n_slots": 2, "slot_bytes": 1 << 20}
+    spec["kinds"] = np.full((1, len(model.units)), random_plans.STREAM, np.uint8)
+    plan = _core.Plan(model._core, **spec)
+    assert all(plan.check(n_tok) > 0 for n_tok in range(1, 5))
+
+
 # ---- how well it overlaps ----
 
 BUS = 5e9  # bytes a second
