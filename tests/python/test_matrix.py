@@ -19,7 +19,7 @@ import pytest
 import random_plans
 
 import pipeshard as ps
-from pipeshard import Placement, PolicyContext, _core, sched_policies
+from pipeshard import Placement, PolicyContext, Split, _core, sched_policies
 from pipeshard.synth import synth
 
 N_LAYER = 12
@@ -250,6 +250,7 @@ SHARES = (0.0, 0.05, 0.15, 0.3, 0.5, 0.7, 0.9, 1.0)  # from the smallest budget 
 RINGS = ("own", "narrow", "wide")
 POLICIES = (
     "auto",
+    "even_split",
     "experts_cpu",
     "full_gpu",
     "full_gpu_no_output",
@@ -373,8 +374,8 @@ def pass_by_pass(engine: ps.Engine) -> Logits:
 def test_matrix(
     matrix: Matrix, name: str, policy: str, share: float, n_ctx: int, ring: str
 ) -> None:
-    """Logits as if all were resident, to the bit: the kernels of both sides are the same here. VRAM within the budget,
-    and as much of it as the plan said. Nothing stays behind."""
+    """Logits as if all were resident, to the bit unless units are split: both sides have the same kernels here. VRAM
+    within the budget, and as much of it as the plan said. Nothing stays behind."""
     expected, most, least = matrix.resident(name, n_ctx)
     held = held_memory()
     model, budget = matrix.models[name], int(least + share * (most - least))
@@ -390,7 +391,13 @@ def test_matrix(
     with engine:
         matrix.became["ran"] += 1
         logits, stats = pass_by_pass(engine), engine.stats
-        assert np.array_equal(logits, expected)
+        if any(
+            isinstance(p, Split) for units in engine.plan.places.values() for p in units.values()
+        ):
+            # summed in another order, and then rounded to the 8 bits that kernels take inputs in
+            assert np.sum((logits - expected) ** 2) < 1e-4 * np.sum(expected**2)
+        else:
+            assert np.array_equal(logits, expected)
         assert stats["peak_bytes"] == engine.plan.needed_bytes <= budget
         assert sum(stats["peak_bytes_by_kind"].values()) == stats["peak_bytes"]
     assert held_memory() == held
