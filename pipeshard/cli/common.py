@@ -14,6 +14,7 @@ from ..demo import NOTICE, demo_model_path
 from ..engine import Engine
 from ..errors import RequestError
 from ..model import Model
+from ..placement import Place, Split
 from ..sizes import format_bytes
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "note",
     "open_engine",
     "open_model",
+    "plan_lines",
     "save_trace",
 ]
 
@@ -171,6 +173,41 @@ def save_trace(engine: Engine, path: str | None) -> None:
         note(f"  {text}")
     if beside:
         note(beside)
+
+
+def plan_lines(engine: Engine) -> list[str]:
+    """The plan in a few lines, where a device has memory of its own and not all of the model is in it."""
+    plan, units = engine.plan, engine.model.units
+    if engine.device == "host":
+        return []
+    lines: dict[str, list[str]] = {}  # what is where, to the tiers that it holds for
+    for tier in plan.tiers:
+        n_bytes: dict[str, float] = {}
+        for unit in units:
+            for place, share in _shares(plan.places[tier.name][unit.name]):
+                n_bytes[place] = n_bytes.get(place, 0.0) + share * unit.n_bytes
+        total = sum(n_bytes.values())
+        if n_bytes.get("vram") == total:
+            continue
+        text = ", ".join(
+            f"{format_bytes(int(n_bytes[place]))} {words}"
+            for place, words in _PLACE_WORDS.items()
+            if n_bytes.get(place, 0.0) >= 1
+        )
+        lines.setdefault(text, []).append(tier.name)
+    kinds = ", ".join(f"{kind} {format_bytes(n)}" for kind, n in plan.bytes.items() if n >> 20)
+    shown = [f"plan for {', '.join(tiers)}: {text}" for text, tiers in lines.items()]
+    return [*shown, f"VRAM: {kinds} (all of it: pipeshard plan --explain)"] if shown else []
+
+
+_PLACE_WORDS = {"vram": "in VRAM", "stream": "stream to the GPU", "cpu": "on the CPU"}
+
+
+def _shares(place: Place) -> list[tuple[str, float]]:
+    if not isinstance(place, Split):
+        return [(place, 1.0)]
+    rest = max(0.0, 1.0 - place.vram - place.stream)
+    return [("vram", place.vram), ("stream", place.stream), ("cpu", rest)]
 
 
 def summary(engine: Engine) -> str:

@@ -15,7 +15,9 @@ from .common import (
     add_engine_options,
     add_sampling_options,
     add_trace_option,
+    note,
     open_engine,
+    plan_lines,
     sampling,
     save_trace,
     summary,
@@ -58,6 +60,9 @@ def run(options: argparse.Namespace) -> int:
             _print_json(engine, prompt, options)
             save_trace(engine, options.trace)
             return 0
+        if not options.quiet:
+            for line in plan_lines(engine):
+                note(line)
         if sys.stdout.isatty() and not options.quiet:
             print(prompt, end="", flush=True)
         for piece in engine.stream(prompt, **sampling(options)):

@@ -100,6 +100,25 @@ def test_run_streams_text_and_ends_with_one_line(
         assert "emulated GPU" in err
 
 
+def test_run_shows_the_plan_where_not_all_fits(
+    capsys: pytest.CaptureFixture[str], llama: str
+) -> None:
+    def plan_lines(*args: str) -> list[str]:
+        command = ["run", "-m", llama, "pad", "-n", "2", "--device", "emu", *FAST, *args]
+        status, _, shown = run(capsys, *command)
+        assert status == 0
+        return [line for line in shown.splitlines() if line.startswith(("plan", "VRAM"))]
+
+    with ps.Engine(llama, device="emu", n_ctx=64, vram="1GiB") as engine:
+        enough: int = engine.stats["peak_bytes"]
+    small = plan_lines("--vram", str(enough * 3 // 4))
+    assert small[0].startswith("plan for decode")
+    assert "in VRAM" in small[0]
+    assert small[-1].startswith("VRAM: ")
+    assert plan_lines("--vram", "1GiB") == []
+    assert plan_lines("--vram", "1GiB", "--quiet") == []
+
+
 def test_run_on_host_and_quiet(capsys: pytest.CaptureFixture[str], llama: str) -> None:
     args = (llama, "pad", "-n", "4", "--seed", "3", "--device", "host", *FAST)
     status, out, err = run(capsys, "run", *args)
