@@ -11,6 +11,8 @@
 enum {
     ALIGN = PS_WEIGHT_ALIGN,
     PATTERN_BYTES = 256 << 10, /* of random content; repeated */
+    MAX_FILLERS = 16,          /* threads */
+    MANY_BYTES = 64 << 20,     /* which take more than one */
 };
 
 /* ---- random content ---- */
@@ -104,26 +106,42 @@ static ps_status upload(
     return PS_OK;
 }
 
+typedef struct fill_job {
+    uint8_t *dst;
+    uint64_t n_bytes, pattern_bytes;
+    const void *pattern;
+} fill_job;
+
+static void fill_member(void *ctx, int i_thread, int n_threads)
+{
+    const fill_job *j = ctx;
+    uint64_t n = ps_div_up_u64(j->n_bytes, j->pattern_bytes), members = (uint64_t)n_threads,
+             first = n * (uint64_t)i_thread / members, end = n * ((uint64_t)i_thread + 1) / members;
+    for (uint64_t at = first * j->pattern_bytes; first < end; first++, at += j->pattern_bytes)
+        memcpy(j->dst + at, j->pattern, ps_min_u64(j->pattern_bytes, j->n_bytes - at));
+}
+
 /* Fills [at, at + n_bytes) with `pattern` again and again. */
 static ps_status repeat(op_memory *m, area a, uint64_t at, uint64_t n_bytes, const void *pattern,
     uint64_t pattern_bytes, ps_err *err)
 {
     uint8_t *host = host_of(m, a);
-    uint64_t chunk = pattern_bytes;
-    if (host == NULL) { /* once into the staging memory, as often as it goes in */
-        chunk = m->staging_bytes / pattern_bytes * pattern_bytes;
-        for (uint64_t i = 0; i < chunk; i += pattern_bytes)
-            memcpy((uint8_t *)m->staging + i, pattern, pattern_bytes);
-    }
-    for (uint64_t done = 0; done < n_bytes; done += chunk) {
-        uint64_t n = ps_min_u64(chunk, n_bytes - done);
-        if (host != NULL)
-            memcpy(host + at + done, pattern, n);
+    if (host != NULL) {
+        fill_job job = {host + at, n_bytes, pattern_bytes, pattern};
+        if (m->pool != NULL)
+            ps_pool_run(m->pool, fill_member, &job);
         else
-            TRY(ps_device_copy_in(
-                m->device, m->h2d, ps_dptr_add(m->base[a], at + done), m->staging, n, err));
+            fill_member(&job, 0, 1);
+        return PS_OK;
     }
-    return host == NULL ? ps_device_sync(m->device, m->h2d, err) : PS_OK;
+    /* Once into the staging memory, as often as it goes in. */
+    uint64_t chunk = m->staging_bytes / pattern_bytes * pattern_bytes;
+    for (uint64_t i = 0; i < chunk; i += pattern_bytes)
+        memcpy((uint8_t *)m->staging + i, pattern, pattern_bytes);
+    for (uint64_t done = 0; done < n_bytes; done += chunk)
+        TRY(ps_device_copy_in(m->device, m->h2d, ps_dptr_add(m->base[a], at + done), m->staging,
+            ps_min_u64(chunk, n_bytes - done), err));
+    return ps_device_sync(m->device, m->h2d, err);
 }
 
 static uint64_t pattern_bytes(const op_memory *m, uint32_t fmt, uint64_t n_bytes)
@@ -167,6 +185,8 @@ ps_status ps_profile_mem_init(op_memory *m, uint64_t n_bytes, ps_err *err)
         return ps_fail(err, PS_ENOMEM, "no host memory for %.0f MiB of weights to measure with",
             (double)n_bytes / (1 << 20));
     ps_dptr at = {((uint64_t)(uintptr_t)m->host + ALIGN - 1) / ALIGN * ALIGN};
+    int n_threads = ps_cpu_count() < MAX_FILLERS ? ps_cpu_count() : MAX_FILLERS;
+    if (m->device == NULL && n_bytes >= MANY_BYTES) TRY(ps_pool_create(n_threads, &m->pool, err));
     if (m->device != NULL) {
         TRY(ps_device_alloc(m->device, n_bytes, &m->dev, err));
         at = m->dev;
@@ -182,6 +202,7 @@ ps_status ps_profile_mem_init(op_memory *m, uint64_t n_bytes, ps_err *err)
 void ps_profile_mem_fini(op_memory *m)
 {
     if (m->device != NULL && !ps_dptr_is_null(m->dev)) ps_device_free(m->device, m->dev);
+    ps_pool_destroy(m->pool);
     ps_free(m->host);
     *m = (op_memory){0};
 }

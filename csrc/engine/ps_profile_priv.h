@@ -63,7 +63,8 @@ typedef struct op_memory {
     ps_stream *h2d;    /* borrows; to fill device memory */
     void *staging;     /* borrows; locked */
     uint64_t staging_bytes;
-    void *host; /* owns: the areas, or where they lie on the device a mirror of AREA_INTS */
+    void *host;    /* owns: the areas, or where they lie on the device a mirror of AREA_INTS */
+    ps_pool *pool; /* owns; fills host memory; NULL: the caller's thread does */
     uint8_t *locked_weights; /* borrows; AREA_WEIGHTS is locked memory, which kernels reach by its
                                 device address; NULL: it is where the others are */
     ps_dptr dev;             /* owns: the areas */

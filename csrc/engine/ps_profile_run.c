@@ -22,6 +22,7 @@ enum {
 #define LAUNCH_S             20e-6 /* what a launch takes at most */
 #define DEFAULT_DEVICE_BYTES (256ull << 20)
 #define MAX_HOST_BYTES       (4096ull << 20)
+#define LITTLE_HOST_BYTES    (512ull << 20)
 #define MAX_COPY_BYTES       (64ull << 20)
 #define MIN_COPY_BYTES       (64ull << 10)
 
@@ -122,17 +123,18 @@ static ps_status open_accelerator(profiler *p, uint64_t host_bytes, ps_err *err)
 
 /* Several times what the largest caches of servers hold (300 MiB and more): with 512 MiB a CPU
  * seemed to read weights twice as fast as its memory gives them. */
-static uint64_t default_host_bytes(void)
+static uint64_t default_host_bytes(const profiler *p)
 {
+    if (p->virtual_clock) return LITTLE_HOST_BYTES; /* which knows no caches */
     uint64_t machine = (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
     return ps_min_u64(MAX_HOST_BYTES, machine / 8);
 }
 
 ps_status ps_profile_lanes_open(profiler *p, ps_err *err)
 {
-    uint64_t host_bytes = p->spec->host_bytes > 0 ? p->spec->host_bytes : default_host_bytes();
     p->has_gpu = p->device->info.kind != PS_DEVICE_HOST;
     p->virtual_clock = p->device->info.virtual_clock;
+    uint64_t host_bytes = p->spec->host_bytes > 0 ? p->spec->host_bytes : default_host_bytes(p);
     if (p->has_gpu) TRY(open_accelerator(p, host_bytes, err));
     TRY(ps_profile_mem_init(&p->host_mem, host_bytes - 2 * p->copy_bytes, err));
     return open_cpu_lanes(p, err);

@@ -209,6 +209,7 @@ PS_TEST(stays_within_its_time)
     s.spec.max_tok = 0;
     s.spec.max_kv = 0;
     s.spec.limit_ns = 300000000;
+    s.spec.host_bytes = 96 << 20; /* so much that several threads fill it */
     uint64_t start = ps_clock_ns();
     PS_REQUIRE_OK(measure(&s, &p, &err), &err);
     /* A millisecond a sample is the least; sanitizers make the rest slow. */
