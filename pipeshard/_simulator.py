@@ -260,13 +260,15 @@ class Simulator:
         h2d, (vram, gpu), (dram, cpu) = self.rates("h2d")[0], self.rates("vram"), self.rates("cpu")
         fixed = self.cost.seconds("pass", Shape(), "fixed")
 
-        def bound(n_tok: int, flops: int) -> float:
-            near, far = _touched(model, budget_bytes, n_tok)
+        def bound(n_tok: int, flops: int, unasked: tuple[str, ...]) -> float:
+            near, far = _touched(model, budget_bytes, n_tok, unasked)
             # The CPU's share of a prompt is limited by what it can compute.
             slow = min(dram, cpu * (near + far) / max(1, flops))
             return fixed + max(far / (h2d + slow), near / vram, flops / (gpu + cpu))
 
-        return bound(prompt[0], prompt[1].flops), decode[0] / bound(decode[0], decode[1].flops)
+        # A prompt wants one row of the head, at which the CPU is as quick as its memory; so it is left out there.
+        prompt_s = bound(prompt[0], prompt[1].flops, ("embed", "head"))
+        return prompt_s, decode[0] / bound(decode[0], decode[1].flops, ("embed",))
 
     def predict(
         self,
@@ -307,12 +309,14 @@ class Simulator:
         )
 
 
-def _touched(model: Model, budget_bytes: int, n_tok: int) -> tuple[float, float]:
-    """Bytes of weights that a pass of n_tok needs: those that could lie in VRAM, and the others. Of the token table
-    only rows are read."""
+def _touched(
+    model: Model, budget_bytes: int, n_tok: int, unasked: tuple[str, ...]
+) -> tuple[float, float]:
+    """Bytes of weights that a pass of n_tok needs: those that could lie in VRAM, and the others. unasked: kinds of
+    units of which it needs rows at most."""
     groups: dict[float, int] = {}
     for unit in model.units:
-        if unit.kind != "embed":
+        if unit.kind not in unasked:
             groups[unit.use] = groups.get(unit.use, 0) + unit.n_bytes
     near = far = 0.0
     room = float(budget_bytes)

@@ -20,7 +20,7 @@ from .errors import BudgetError
 from .model import Model
 from .placement import TIERS, Place, Placement, Tier
 from .plan import Plan
-from .sched_policies.base import PolicyContext, Prediction
+from .sched_policies.base import PolicyContext, Prediction, vram_share
 from .sizes import format_bytes
 
 __all__ = [
@@ -301,7 +301,7 @@ class _Task:
         away = [
             unit
             for unit in self.model.units
-            if all(units[unit.name] in ("cpu", "stream") for units in tables)
+            if all(vram_share(units[unit.name]) == 0.0 for units in tables)
         ]
         room, names = _MORE_BYTES, dict[str, Place]()
         for unit in sorted(away, key=lambda unit: (unit.kind == "embed", -unit.use)):

@@ -5,9 +5,10 @@ other. (The time of prompt and answer together would trade a first token that co
 What fits is resident. Else the units that save most seconds a byte are: attention with its KV, which every token needs,
 then feed-forward and head, then experts, of which a token needs few; the token table last, for only rows of it are
 read. The rest is shared by the bus and the CPU, which both work at once: of each class of passes a share of the
-remaining units streams, spread evenly over the layers, and the CPU computes the others meanwhile. Which share follows
-from how long both sides take for a unit at that many tokens; that share, none and all of them are simulated for every
-class, so where streaming begins to pay is the cost model's to say.
+remaining units streams, spread evenly over the layers, and the CPU computes the others meanwhile; of experts that is so
+within each layer, and without experts feed-forwards and head may be split by rows instead. Which share follows from how
+long both sides take for a byte at that many tokens; that share, half of it, none and all are simulated for every class,
+so where streaming begins to pay is the cost model's to say.
 
 Then sizes are tried one by one, each against the best so far: of the ring, of the ops, KV in host memory, experts
 spread over all layers or whole layers of them; without experts, whole layers instead of all layers' attention. Last
@@ -26,7 +27,7 @@ from functools import cached_property
 from ..cost import Shape
 from ..errors import BudgetError
 from . import register
-from .base import Place, Placement, PolicyContext, Tier, Unit, same_in_all, vram_share
+from .base import Place, Placement, PolicyContext, Split, Tier, Unit, same_in_all, vram_share
 from .even_split import EvenSplit
 from .experts_cpu import ExpertsCpu
 from .full_gpu_no_output import FullGpuNoOutput
@@ -48,7 +49,8 @@ _SNAP = 0.06  # a share this near to none or all of it is that
 class _Settings:
     """What a candidate is made from. share: of what is not resident, what streams, by tier; ring: in units of the
     largest part of a layer that streams; spread: experts of all layers alike rather than layer by layer; whole: the
-    last layers wholly rather than attention of all, which saves hand-offs."""
+    last layers wholly rather than attention of all, which saves hand-offs; split: the share is of each feed-forward's
+    rows rather than of the feed-forwards."""
 
     share: Mapping[str, float]
     ring: float = 0.5
@@ -56,6 +58,7 @@ class _Settings:
     kv_host: bool = False
     spread: bool = False
     whole: bool = False
+    split: bool = False
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ class _Search:
         decode = settings.share.get(ctx.tiers[0].name, 0.0)
         made: dict[float, tuple[dict[str, Place], int, int]] = {}
         for share in {settings.share.get(tier.name, 0.0) for tier in ctx.tiers}:
-            made[share] = _shared(far, share, decode >= 1.0)
+            made[share] = _shared(far, share, decode, settings.split)
             made[share][0].update(dict.fromkeys(near, "vram"))
         lump = max((lump for _, lump, _ in made.values()), default=0)
         largest = max((largest for _, _, largest in made.values()), default=0)
@@ -305,6 +308,8 @@ class Auto:
         search.try_settings(balanced)
         search.try_settings(replace(balanced, share=dict.fromkeys(share, 0.0)))
         search.choose_shares(balanced)
+        if not ctx.has_experts:
+            search.choose_shares(replace(balanced, split=True))
         for change in search.variations():
             changed = change(search.settings)
             if changed != search.settings:
@@ -330,24 +335,31 @@ class Auto:
 
 
 def _shared(
-    far: list[tuple[_Group, tuple[str, ...], int]], share: float, head_streams: bool
+    far: list[tuple[_Group, tuple[str, ...], int]], share: float, head_share: float, split: bool
 ) -> tuple[dict[str, Place], int, int]:
     """Places of what is not resident; the bytes of the largest part of a layer that streams, and of its largest unit
-    where that is an expert, which travels whole."""
+    where that is an expert, which travels whole. Of the head one row is asked for, whatever the pass."""
     places: dict[str, Place] = {}
     owed, lump, largest = 0.0, 0, 0
     for group, names, n_bytes in far:
+        mine = head_share if group.kind == "head" else share
         n = 0  # of the names that stream
-        if group.kind == "head":  # one row is asked for, whatever the pass
-            n = len(names) if head_streams else 0
+        if group.kind == "embed":  # its rows are looked up where they lie
+            pass
         elif group.kind == "expert":  # both sides of a layer work at once
-            owed += share * len(names)
+            owed += mine * len(names)
             n = min(len(names), int(owed + 0.5))
             owed -= n
             n_bytes = n * group.n_bytes
             largest = max(largest, group.largest if n else 0)
-        elif group.kind != "embed":  # its rows are looked up where they lie
-            owed += share
+        elif split and group.kind in ("ffn", "head") and 0.0 < mine < 1.0:
+            places.update(dict.fromkeys(names, Split(stream=mine)))
+            lump = max(lump, int(mine * n_bytes))
+            continue
+        elif group.kind == "head":
+            n = len(names) if mine >= 1.0 else 0
+        else:
+            owed += mine
             n = len(names) if owed >= 0.5 else 0
             owed -= 1.0 if n else 0.0
         places.update(dict.fromkeys(names[:n], "stream"))
@@ -440,6 +452,8 @@ def _reason(ctx: PolicyContext, unit: Unit, places: tuple[str, ...]) -> str:
         return "every token needs it" if unit.use >= 1.0 else "saves most of what is left"
     if unit.kind == "embed":
         return "only rows of it are read"
+    if any(place.startswith("Split") for place in places):
+        return "no room; bus and CPU share its rows"
     if unit.kind == "expert" and "stream" in places:
         return "no room; bus and CPU share these"
     first = next((i for i, place in enumerate(places) if place == "stream"), None)
