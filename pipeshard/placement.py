@@ -65,14 +65,14 @@ Place = Literal["vram", "stream", "cpu"] | Split
 def _frozen_places(
     places: Mapping[str, Mapping[str, Place]],
 ) -> Mapping[str, Mapping[str, Place]]:
-    # Tiers often share one mapping: keep it one.
+    # Tiers often share one mapping: keep it one. What another Placement has frozen needs no copy: of 12,000 units that
+    # would be felt.
     seen: dict[int, Mapping[str, Place]] = {}
-    return MappingProxyType(
-        {
-            tier: seen.setdefault(id(units), MappingProxyType(dict(units)))
-            for tier, units in places.items()
-        }
-    )
+    for units in places.values():
+        if id(units) not in seen:
+            frozen = isinstance(units, MappingProxyType)
+            seen[id(units)] = units if frozen else MappingProxyType(dict(units))
+    return MappingProxyType({tier: seen[id(units)] for tier, units in places.items()})
 
 
 @dataclass(frozen=True)
