@@ -38,6 +38,7 @@ from .static_attn import StaticAttn
 
 N_PROMPT, N_GEN = 1024, 128
 _OTHERS = (FullGpuNoOutput, StaticAttn, ShardAttn, FullShard, LayerSplit, ExpertsCpu)
+_MANY_UNITS = 8192  # so many are not also divided evenly: that alone would take a second
 _ALIGN = 256
 _SLOT_BYTES = 32 << 20
 _LEAST_SLOT = 256 << 10
@@ -323,12 +324,32 @@ class Auto:
         return replace(search.best, why=_reasons(ctx, search.best))
 
     def _others(self, ctx: PolicyContext) -> Iterator[Placement]:
-        # Experts are divided one by one already.
-        for policy in _OTHERS if ctx.has_experts else (*_OTHERS, EvenSplit):
-            try:
-                yield policy().place(ctx)
-            except BudgetError:
-                continue
+        """Each as it would be by itself: with the largest ops that it finds room for."""
+        divides = len(ctx.units) <= _MANY_UNITS
+        for policy in (*_OTHERS, EvenSplit) if divides else _OTHERS:
+            for size in ctx.sizes[ctx.sizes.index(ctx.size) :]:
+                try:
+                    placement = policy().place(_with_size(ctx, size))
+                except BudgetError:
+                    continue
+                yield placement if size == ctx.size else _sized(placement, size)
+                break
+
+
+def _sized(placement: Placement, size: int) -> Placement:
+    return placement if placement.chunk_tok else replace(placement, chunk_tok=size)
+
+
+def _with_size(ctx: PolicyContext, size: int) -> PolicyContext:
+    """The context as another policy is given it, whose ops have so many tokens if it does not ask."""
+    if size == ctx.size:
+        return ctx
+    return replace(
+        ctx,
+        size=size,
+        ask_needs=lambda placement: ctx.needs(_sized(placement, size)),
+        ask_simulate=lambda placement, n_prompt: ctx.simulate(_sized(placement, size), n_prompt),
+    )
 
 
 # ---- parts of a candidate ----

@@ -139,6 +139,27 @@ def test_streams_where_that_pays(hollow: Any) -> None:
         assert ("stream" in places.values()) == expected, (rates, tier)
 
 
+@pytest.mark.parametrize(
+    ("name", "vram", "other"),
+    [("tiny-llama", "6MiB", "full_gpu_no_output"), ("tiny-qwen3moe", "24MiB", "even_split")],
+)
+def test_auto_looks_at_others_with_ops_of_their_own_size(
+    hollow: Any, name: str, vram: str, other: str
+) -> None:
+    """Some fit only with smaller ops than its own first candidates have room for."""
+    model = hollow(name, layers=12)
+    rates = {"h2d_bytes_per_s": 30e6, "d2h_bytes_per_s": 30e6, "vram_bytes_per_s": 625e6}
+    rates |= {"dram_bytes_per_s": 100e6, "gpu_flops": 37.5e9, "cpu_flops": 1e9}
+    mine, its = (
+        ps.simulate(
+            model, vram=vram, policy=policy, n_ctx=528, n_prompt=512, n_gen=16, threads=1,
+            profile=ps.EmuDevice(profile=rates),
+        )
+        for policy in ("auto", other)
+    )  # fmt: skip
+    assert mine.ttft_s / mine.tps < 1.02 * its.ttft_s / its.tps
+
+
 def test_deciding_is_quick(hollow: Any, server: Profile) -> None:
     """94 layers of 128 experts, explained. CPU seconds, for other tests run beside this one; the goal is 1."""
     model = hollow("Qwen3-235B-A22B")
