@@ -178,6 +178,8 @@ class Engine:
         *,
         graphs: bool = True,
         check: bool = False,
+        locked_limit: int = 0,
+        ram_limit: int = 0,
         progress: Callable[[int, int], object] | None = None,
     ) -> Engine: ...
     def close(self) -> None: ...

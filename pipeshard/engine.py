@@ -33,7 +33,6 @@ from .errors import (
     BusyError,
     ClosedError,
     DeviceError,
-    HostMemoryError,
     PipeshardError,
     RequestError,
 )
@@ -42,7 +41,7 @@ from .model import Model, check_path
 from .plan import Plan
 from .planner import MAX_CHUNK_TOK, N_GEN, N_PROMPT, Machine, Wishes, make_plan
 from .profiling import profile_for_engine
-from .sizes import format_bytes, parse_size
+from .sizes import parse_size
 from .tokenizer import Tokenizer
 
 __all__ = ["Engine"]
@@ -96,12 +95,10 @@ class Engine(TracedEngine):
         )
         kind, emu = _check_device(device)
         budget = None if vram is None else parse_size(vram, argument="vram")
-        limits = {
-            "locked_limit": None
-            if locked_limit is None
-            else parse_size(locked_limit, argument="locked_limit"),
-            "ram_limit": None if ram_limit is None else parse_size(ram_limit, argument="ram_limit"),
-        }
+        limits = (
+            _check_limit("locked_limit", locked_limit),
+            _check_limit("ram_limit", ram_limit),
+        )
         n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
         self._threads = n_threads
         self._policy = sched_policies.get(policy)  # before anything is opened
@@ -138,14 +135,13 @@ class Engine(TracedEngine):
                 kind, emu, budget is not None, self._model._core, wishes.n_ctx, chunk_tok, n_threads
             )
             self._budget = budget if budget is not None else _free_budget(self._device)
-            self._given, self._wishes = given, wishes
+            self._given, self._wishes, self._limits = given, wishes, limits
             if known is None:
                 known = profile_for_engine(
                     self._model, self._device, n_threads, emu, self._budget, profile is not False
                 )
             self._simulator = None if known is None else Simulator(known, threads=n_threads)
             self._open(self._make_plan(given, wishes))
-            self._check_limits(limits)
         except BaseException:
             # Whoever keeps the exception keeps this frame, but not the device's memory.
             self._forget()
@@ -172,7 +168,13 @@ class Engine(TracedEngine):
     def _open(self, core_plan: _core.Plan) -> None:
         try:
             with Bar(f"loading {self.model.name}", "B") as bar:
-                self._core = _core.Engine(core_plan, self._open_device, progress=bar.to)
+                self._core = _core.Engine(
+                    core_plan,
+                    self._open_device,
+                    locked_limit=self._limits[0],
+                    ram_limit=self._limits[1],
+                    progress=bar.to,
+                )
         finally:
             del core_plan
         self._recorder = Recorder(self._core, self.model, self._plan, self.device_info)
@@ -203,19 +205,6 @@ class Engine(TracedEngine):
             self._n_as_prompt = (
                 0  # it ran elsewhere: another engine's answers need not be the same bits
             )
-
-    def _check_limits(self, limits: Mapping[str, int | None]) -> None:
-        stats = self._usable().stats()
-        for name, key, what in (
-            ("locked_limit", "locked_bytes", "page-locked"),
-            ("ram_limit", "ram_bytes", "host"),
-        ):
-            limit = limits[name]
-            if limit is not None and stats[key] > limit:
-                raise HostMemoryError(
-                    f"the engine needs {stats[key]} bytes ({format_bytes(stats[key])}) of {what} memory, "
-                    f"and {name} is {format_bytes(limit)}"
-                )
 
     # ---- life ----
 
@@ -535,7 +524,6 @@ class Engine(TracedEngine):
             "budget_bytes": self._budget,
             "baseline_bytes": self._open_device.baseline,
             "peak_bytes_by_kind": dict(kinds),
-            "bounce_bytes": 0,
             **memory,
         }
 
@@ -711,6 +699,11 @@ def _check_device(device: object) -> tuple[str, EmuDevice | None]:
     if not isinstance(device, str):
         raise TypeError(f"device must be a name or an EmuDevice, not {type(device).__name__}")
     return device, None
+
+
+def _check_limit(name: str, limit: int | str | None) -> int:
+    """As the core has it: 0 is no limit."""
+    return 0 if limit is None else max(1, parse_size(limit, argument=name))
 
 
 def _check_wishes(n_ctx: int, n_seq: int, kv: str) -> Wishes:

@@ -10,6 +10,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+#include <unistd.h>
 
 /* Under AddressSanitizer the bytes behind a block are poisoned: rounding and page ends would hide
  * an overrun. */
@@ -180,6 +181,14 @@ void *ps_realloc(void *p, uint64_t n, uint64_t size)
     memcpy(q, p, ps_min_u64(((header *)p - 1)->n_bytes, n * size));
     ps_free(p);
     return q;
+}
+
+void ps_forget(void *p, uint64_t n_bytes)
+{
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t from = ((uintptr_t)p + page - 1) / page * page,
+              to = ((uintptr_t)p + n_bytes) / page * page;
+    if (to > from) madvise((void *)from, to - from, MADV_DONTNEED); /* advice, too */
 }
 
 char *ps_strdup(const char *s)

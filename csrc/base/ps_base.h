@@ -117,6 +117,9 @@ void *ps_alloc(uint64_t n, uint64_t size);
 void *ps_realloc(void *p, uint64_t n,
     uint64_t size); /* keeps min(old, new) bytes; new bytes are zero; on failure p stays valid */
 void ps_free(void *p);
+/* The content of this part of a block is needed no more: whole pages of it go back to the system.
+ */
+void ps_forget(void *p, uint64_t n_bytes);
 char *ps_strdup(const char *s);
 
 /* The allocator's counters and its fault knob are the one mutable process-wide state of the core

@@ -90,15 +90,22 @@ static bool progress(void *ctx, uint64_t done_bytes, uint64_t total_bytes)
 
 /* ---- open and close ---- */
 
+typedef struct opening {
+    int graphs, check;
+    unsigned long long locked_limit, ram_limit;
+} opening;
+
 static ps_status open_core(
-    engine *self, PyObject *plan, PyObject *device, bool graphs, bool check, ps_err *err)
+    engine *self, PyObject *plan, PyObject *device, const opening *how, ps_err *err)
 {
     const ps_op_table *cpu_ops = py_device_cpu_ops(device);
     ps_device *d = py_device_get(device);
     ps_exec_options options = {.cpu_ops = cpu_ops,
         .dev_ops = d->info.kind == PS_DEVICE_CUDA ? ps_cuda_ops() : cpu_ops,
-        .graphs = graphs,
-        .check = check,
+        .graphs = how->graphs != 0,
+        .check = how->check != 0,
+        .locked_limit = how->locked_limit,
+        .ram_limit = how->ram_limit,
         .progress = progress,
         .poll = poll,
         .ctx = self};
@@ -112,13 +119,14 @@ static ps_status open_core(
 
 static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 {
-    static const char *const names[] = {"plan", "device", "graphs", "check", "progress", NULL};
+    static const char *const names[] = {
+        "plan", "device", "graphs", "check", "locked_limit", "ram_limit", "progress", NULL};
     py_state *state = py_state_of_type(type);
     PyObject *plan = NULL, *device = NULL, *callback = Py_None;
-    int graphs = 1, check = 0;
-    if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|$ppO", (char **)names, state->plan_type,
-            &plan, state->device_type, &device, &graphs, &check, &callback))
+    opening how = {.graphs = 1};
+    if (state == NULL || !PyArg_ParseTupleAndKeywords(args, kwargs, "O!O!|$ppKKO", (char **)names,
+                             state->plan_type, &plan, state->device_type, &device, &how.graphs,
+                             &how.check, &how.locked_limit, &how.ram_limit, &callback))
         return NULL;
     engine *self = (engine *)type->tp_alloc(type, 0);
     if (self == NULL) return NULL;
@@ -126,7 +134,7 @@ static PyObject *engine_new(PyTypeObject *type, PyObject *args, PyObject *kwargs
     self->plan = Py_NewRef(plan);
     self->device = Py_NewRef(device);
     if (callback != Py_None) self->progress = Py_NewRef(callback);
-    ps_status status = open_core(self, plan, device, graphs != 0, check != 0, &err);
+    ps_status status = open_core(self, plan, device, &how, &err);
     Py_CLEAR(self->progress);
     if (status != PS_OK) {
         Py_CLEAR(self);
@@ -469,7 +477,8 @@ static PyGetSetDef GETTERS[] = {
 };
 
 PyDoc_STRVAR(engine_doc,
-    "Engine(plan, device, *, graphs=True, check=False, progress=None)\n\nLoads what the plan "
+    "Engine(plan, device, *, graphs=True, check=False, locked_limit=0, ram_limit=0, "
+    "progress=None)\n\nLoads what the plan "
     "asks for. progress(done_bytes, total_bytes) is called now and then.");
 
 static PyType_Slot SLOTS[] = {

@@ -32,6 +32,7 @@ PyObject *py_engine_stats(PyObject *self, PyObject *unused)
              add_u64(dict, "d2h_bytes", s.d2h_bytes) < 0 ||
              add_u64(dict, "locked_bytes", s.locked_bytes) < 0 ||
              add_u64(dict, "ram_bytes", s.ram_bytes) < 0 ||
+             add_u64(dict, "bounce_bytes", s.bounce_bytes) < 0 ||
              add_u64(dict, "disk_bytes", s.disk_bytes) < 0 ||
              add_u64(dict, "n_passes", s.n_passes) < 0 ||
              add_u64(dict, "n_graph_launches", s.n_graph_launches) < 0 ||

@@ -14,18 +14,16 @@ static pthread_mutex_t locks_mutex =
     PTHREAD_MUTEX_INITIALIZER; /* guards locks_held; held while locking */
 static ps_ranges locks_held;   /* the note counts the holders */
 
-static ps_range *find_held(const void *p)
+static ps_range *find_held(const void *p, uint64_t n_bytes)
 {
-    const ps_range *range = ps_ranges_find(&locks_held, (uintptr_t)p, 1);
-    return range != NULL && range->base == (uintptr_t)p
-               ? &locks_held.items[range - locks_held.items]
-               : NULL;
+    const ps_range *range = ps_ranges_find(&locks_held, (uintptr_t)p, n_bytes);
+    return range != NULL ? &locks_held.items[range - locks_held.items] : NULL;
 }
 
 static ps_status take(void *p, uint64_t n_bytes, ps_host_lock_fn lock, void *ctx, ps_err *err)
 {
-    ps_range *held = find_held(p);
-    if (held != NULL && held->n_bytes == n_bytes) {
+    ps_range *held = find_held(p, n_bytes);
+    if (held != NULL) {
         held->note++;
         return PS_OK;
     }
@@ -52,10 +50,11 @@ ps_status ps_host_locks_take(
 void ps_host_locks_give(void *p, ps_host_unlock_fn unlock, void *ctx)
 {
     pthread_mutex_lock(&locks_mutex);
-    ps_range *held = find_held(p);
+    ps_range *held = find_held(p, 1);
     if (held != NULL && --held->note == 0) {
-        unlock(ctx, p);
-        ps_ranges_remove(&locks_held, (uintptr_t)p, NULL);
+        uintptr_t base = (uintptr_t)held->base;
+        unlock(ctx, (void *)base);
+        ps_ranges_remove(&locks_held, base, NULL);
         if (locks_held.n == 0) ps_ranges_fini(&locks_held);
     }
     pthread_mutex_unlock(&locks_mutex);

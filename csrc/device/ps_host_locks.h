@@ -17,11 +17,11 @@ extern "C" {
 typedef ps_status (*ps_host_lock_fn)(void *ctx, void *p, uint64_t n_bytes, ps_err *err);
 typedef void (*ps_host_unlock_fn)(void *ctx, void *p);
 
-/* Calls `lock` for the first holder of exactly this range. A range that overlaps one that is held
- * is refused. */
+/* Calls `lock` for the first holder; whoever wants all or a part of a range that is held becomes
+ * another holder of it. A range that only overlaps one is refused. */
 ps_status ps_host_locks_take(
     void *p, uint64_t n_bytes, ps_host_lock_fn lock, void *ctx, ps_err *err);
-/* Calls `unlock` for the last holder. */
+/* `p` as it was taken. Calls `unlock`, with where the locked range begins, for the last holder. */
 void ps_host_locks_give(void *p, ps_host_unlock_fn unlock, void *ctx);
 
 #ifdef __cplusplus

@@ -3,36 +3,52 @@
 
 #include <string.h>
 
-#include "engine/ps_images.h"
-
-ps_dptr ps_bind_ref(const ps_model *model, const ps_bases *bases, ps_dptr ref)
+ps_dptr ps_bind_ref(const ps_bases *bases, ps_dptr ref)
 {
     if (ref.a == 0) return ref;
     ps_space space = ps_ref_space(ref);
-    uint64_t offset = ps_ref_offset(ref);
-    uint32_t unit = (uint32_t)(offset >> PS_IMAGE_SHIFT);
-    uint64_t in_image = offset & ((1ull << PS_IMAGE_SHIFT) - 1);
-    if (space == PS_SPACE_HOST_WEIGHTS_DEV) return ps_dptr_add(bases->image_dev[unit], in_image);
-    if (space != PS_SPACE_HOST_WEIGHTS) return ps_dptr_add(bases->space[space], offset);
-    const unsigned char *image =
-        unit < model->n_units ? ps_model_image(model, unit) : ps_images_get(bases->parts, unit);
-    return (ps_dptr){(uint64_t)(uintptr_t)image + in_image};
+    if (space == PS_SPACE_HOST_WEIGHTS_DEV)
+        return ps_dptr_add(bases->image_dev[ps_ref_unit(ref)], ps_ref_in_image(ref));
+    if (space != PS_SPACE_HOST_WEIGHTS) return ps_dptr_add(bases->space[space], ps_ref_offset(ref));
+    const void *image = ps_host_weights_image(bases->weights, ps_ref_unit(ref));
+    if (image == NULL) return (ps_dptr){0};
+    return (ps_dptr){(uint64_t)(uintptr_t)image + ps_ref_in_image(ref)};
 }
 
-static void bind_args(
-    const ps_model *model, const ps_bases *bases, ps_op_kind op, unsigned char *args)
+static ps_status bind_args(const ps_bases *bases, ps_op_kind op, unsigned char *args, ps_err *err)
 {
     ps_operand operands[PS_MAX_OPERANDS];
     uint32_t n = ps_op_operands(op, args, operands);
     for (uint32_t i = 0; i < n; i++) {
-        ps_dptr ref;
+        ps_dptr ref, bound;
         memcpy(&ref, args + operands[i].offset, sizeof ref);
-        ref = ps_bind_ref(model, bases, ref);
-        memcpy(args + operands[i].offset, &ref, sizeof ref);
+        bound = ps_bind_ref(bases, ref);
+        ps_check_bug(bound.a != 0 || ref.a == 0, err); /* what ops read is never left on disk */
+        memcpy(args + operands[i].offset, &bound, sizeof bound);
     }
+    return PS_OK;
 }
 
-/* Neighbours that copy neighbouring bytes become one copy: the bus likes large ones. */
+/* A copy out of an image that is not locked stays a reference. `index` tells the locked pieces
+ * apart, for merge_copies. */
+static void bind_copy(const ps_bases *bases, ps_bound *b, ps_tick *k)
+{
+    k->dst = ps_bind_ref(bases, k->dst);
+    k->index = 0;
+    if (ps_ref_space(k->src) == PS_SPACE_HOST_WEIGHTS) {
+        uint32_t unit = ps_ref_unit(k->src);
+        k->index = bases->weights->piece[unit];
+        if (k->index == 0) {
+            b->bounce_bytes += k->n_bytes;
+            if (!bases->weights->in_memory[unit]) b->disk_bytes += k->n_bytes;
+            return;
+        }
+    }
+    k->src = ps_bind_ref(bases, k->src);
+}
+
+/* Neighbours that copy neighbouring bytes become one copy: the bus likes large ones. None crosses
+ * from one piece of locked memory to another. */
 static void merge_copies(ps_ticks *t, ps_cost *cost)
 {
     uint32_t n = 0;
@@ -40,7 +56,8 @@ static void merge_copies(ps_ticks *t, ps_cost *cost)
         const ps_tick *k = &t->tick[i];
         ps_tick *last = n > 0 ? &t->tick[n - 1] : NULL;
         if (last != NULL && k->kind == PS_TICK_COPY_IN && last->kind == PS_TICK_COPY_IN &&
-            last->dst.a + last->n_bytes == k->dst.a && last->src.a + last->n_bytes == k->src.a)
+            last->index == k->index && last->dst.a + last->n_bytes == k->dst.a &&
+            last->src.a + last->n_bytes == k->src.a)
             last->n_bytes += k->n_bytes;
         else {
             cost[n] = cost[i];
@@ -50,12 +67,28 @@ static void merge_copies(ps_ticks *t, ps_cost *cost)
     t->n_ticks = n;
 }
 
-ps_status ps_bind(
-    const ps_model *model, const ps_bases *bases, ps_ticks *ticks, ps_bound **out, ps_err *err)
+static void count(ps_bound *b)
+{
+    for (uint32_t i = 0; i < b->ticks->n_ticks; i++) {
+        const ps_tick *k = &b->ticks->tick[i];
+        b->n_ticks_on[k->stream]++;
+        if (k->kind == PS_TICK_RUN) {
+            b->cost[i].op = k->op;
+            b->cost[i].tick = i;
+        } else if (k->kind == PS_TICK_COPY_IN) {
+            b->h2d_bytes += k->n_bytes;
+        } else if (k->kind == PS_TICK_COPY_OUT) {
+            b->d2h_bytes += k->n_bytes;
+        }
+    }
+}
+
+ps_status ps_bind(const ps_bases *bases, ps_ticks *ticks, ps_bound **out, ps_err *err)
 {
     *out = NULL;
     ps_bound *b = ps_alloc(1, sizeof *b);
     ps_cost *cost = ps_alloc((uint64_t)ticks->n_ticks + 1, sizeof *cost);
+    ps_status status = PS_OK;
     if (b == NULL || cost == NULL) {
         ps_free(b);
         ps_free(cost);
@@ -67,28 +100,19 @@ ps_status ps_bind(
     b->cost = cost;
     /* While tables can be found by their references. */
     for (uint32_t i = 0; i < ticks->n_ticks; i++) cost[i] = ps_tick_cost(ticks, i);
-    for (uint32_t i = 0; i < ticks->n_ticks; i++) {
+    for (uint32_t i = 0; i < ticks->n_ticks && status == PS_OK; i++) {
         ps_tick *k = &ticks->tick[i];
-        if (k->kind == PS_TICK_RUN) {
-            bind_args(model, bases, (ps_op_kind)k->op, ticks->args + k->index);
-        } else if (k->kind == PS_TICK_COPY_IN || k->kind == PS_TICK_COPY_OUT) {
-            k->dst = ps_bind_ref(model, bases, k->dst);
-            k->src = ps_bind_ref(model, bases, k->src);
-        }
+        if (k->kind == PS_TICK_RUN)
+            status = bind_args(bases, (ps_op_kind)k->op, ticks->args + k->index, err);
+        else if (k->kind == PS_TICK_COPY_IN || k->kind == PS_TICK_COPY_OUT)
+            bind_copy(bases, b, k);
+    }
+    if (status != PS_OK) {
+        ps_bound_destroy(b);
+        return status;
     }
     merge_copies(ticks, cost);
-    for (uint32_t i = 0; i < ticks->n_ticks; i++) {
-        const ps_tick *k = &ticks->tick[i];
-        b->n_ticks_on[k->stream]++;
-        if (k->kind == PS_TICK_RUN) {
-            cost[i].op = k->op;
-            cost[i].tick = i;
-        } else if (k->kind == PS_TICK_COPY_IN) {
-            b->h2d_bytes += k->n_bytes;
-        } else if (k->kind == PS_TICK_COPY_OUT) {
-            b->d2h_bytes += k->n_bytes;
-        }
-    }
+    count(b);
     *out = b;
     return PS_OK;
 }

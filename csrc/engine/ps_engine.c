@@ -243,7 +243,11 @@ static ps_status append(
 {
     uint32_t before = e->desk.kv.length[seq], done = 0, most = e->desk.plan->spec.pass_tok;
     uint64_t row = (uint64_t)e->model->hp.n_vocab * sizeof(float);
-    if (all_logits != NULL) most = (uint32_t)ps_min_u64(most, ps_max_u64(1, MAX_OUT_BYTES / row));
+    if (all_logits != NULL) {
+        most = (uint32_t)ps_min_u64(most, ps_max_u64(1, MAX_OUT_BYTES / row));
+        most = ps_exec_logit_rows(e->exec, n < most ? n : most);
+        most = (uint32_t)ps_div_up_u64(n, ps_div_up_u64(n, most)); /* so that no pass is small */
+    }
     ps_kv_reserve(&e->desk.kv, seq, before + n);
     while (done < n) {
         uint32_t n_tok = n - done < most ? n - done : most, n_out = 0, first = before + done;

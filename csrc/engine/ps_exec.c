@@ -1,23 +1,10 @@
 /* ps_exec - see ps_exec.h. */
-#include "engine/ps_exec.h"
+#include "engine/ps_exec_priv.h"
 
-#include <stdatomic.h>
 #include <string.h>
 #include <time.h>
 
-#include "engine/ps_bind.h"
-#include "engine/ps_images.h"
-#include "engine/ps_upload.h"
-
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 enum {
-    CAP_BOUND = 24,   /* shapes of pass kept: decode of several KV lengths, and the last prompts */
-    FLAG_STRIDE = 64, /* one flag a cache line: neither side's polling disturbs the other's words */
     GRAPH_MAX_TOK = PS_SMALL_PASS_TOK, /* longer passes hide their launches behind the work */
     GRAPH_AFTER_RUNS = 2,              /* record a shape once it has proved to come again */
     CONTROL_EVERY = 16,                /* runs, of which a trace leaves one unmarked */
@@ -27,107 +14,7 @@ enum {
     LOOK_SHORT_NS = 20 * 1000,
 };
 
-struct ps_exec {
-    ps_model *model; /* borrows, as the next two */
-    const ps_plan *plan;
-    ps_device *device;
-    ps_exec_options options;
-    ps_arena arena; /* owns */
-    ps_bases bases;
-    ps_stream *stream[PS_STREAM_COUNT]; /* owns */
-    ps_event **events;                  /* owns; grown to what the lists need */
-    uint32_t n_events;
-    ps_event *fork, *join; /* owns; of graphs */
-    unsigned char *flags;  /* owns, locked; FLAG_STRIDE bytes each */
-    uint32_t n_flags;
-    void *host_act, *host_batch, *const_staging, *out; /* own, locked */
-    void *host_kv, *host_const;                        /* own */
-    uint64_t host_kv_bytes;
-    bool host_kv_locked;
-    uint32_t out_rows;
-    ps_images *parts;     /* owns; images of the plan's parts; NULL where it cuts no unit */
-    void **locked_chunks; /* owns the list; chunks of images that this device has locked */
-    uint32_t n_locked_chunks;
-    ps_dptr *image_dev; /* owns; [n_units] device addresses of locked images; null: not streamed */
-    ps_bound *bound[CAP_BOUND]; /* owns */
-    uint32_t n_bound;
-    const ps_bound *tables_of; /* list whose expert tables the CONST spaces hold now */
-    bool tables_torn; /* what the staging holds may not have reached the device: a copy failed */
-    _Atomic bool cancelled;
-    bool lost;
-    uint64_t next_poll_ns;
-    ps_exec_stats stats;
-    ps_trace *trace; /* owns; NULL before the first start */
-    bool recording;  /* passes are traced */
-    bool marking;    /* this pass is marked */
-};
-
-/* ---- memory ---- */
-
-static ps_status locked(ps_exec *x, uint64_t n_bytes, void **out, ps_err *err)
-{
-    if (n_bytes == 0) return PS_OK;
-    TRY(ps_device_locked_alloc(x->device, n_bytes, out, err));
-    memset(*out, 0, n_bytes);
-    x->stats.locked_bytes += n_bytes;
-    return PS_OK;
-}
-
-static ps_dptr host_dptr(const void *p)
-{
-    return (ps_dptr){(uint64_t)(uintptr_t)p};
-}
-
-static ps_status take_spaces(ps_exec *x, ps_err *err)
-{
-    static const struct {
-        ps_space space;
-        ps_mem_kind kind;
-    } rows[] = {{PS_SPACE_DEV_WEIGHTS, PS_MEM_WEIGHTS}, {PS_SPACE_DEV_RING, PS_MEM_RING},
-        {PS_SPACE_DEV_KV, PS_MEM_KV}, {PS_SPACE_DEV_ACT, PS_MEM_ACT},
-        {PS_SPACE_DEV_BATCH, PS_MEM_BATCH}, {PS_SPACE_DEV_CONST, PS_MEM_BATCH}};
-    const ps_plan *p = x->plan;
-    if (!p->spec.accelerator) return PS_OK;
-    uint64_t carved = p->needed_bytes - p->bytes_by_kind[PS_MEM_GRAPH];
-    TRY(ps_arena_init(&x->arena, x->device, carved, p->spec.budget_bytes, err));
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        uint64_t n_bytes =
-            ps_div_up_u64(p->space_bytes[rows[i].space], PS_ARENA_ALIGN) * PS_ARENA_ALIGN;
-        if (n_bytes == 0) continue;
-        TRY(ps_arena_take(&x->arena, rows[i].kind, p->dev_base[rows[i].space], n_bytes,
-            &x->bases.space[rows[i].space], err));
-    }
-    return PS_OK;
-}
-
-static ps_status take_host(ps_exec *x, ps_err *err)
-{
-    const ps_plan *p = x->plan;
-    TRY(locked(x, p->space_bytes[PS_SPACE_HOST_ACT], &x->host_act, err));
-    TRY(locked(x, p->space_bytes[PS_SPACE_HOST_BATCH], &x->host_batch, err));
-    TRY(locked(x, p->space_bytes[PS_SPACE_DEV_CONST], &x->const_staging, err));
-    x->host_kv_bytes = p->space_bytes[PS_SPACE_HOST_KV];
-    if (x->host_kv_bytes > 0) x->host_kv = ps_alloc(x->host_kv_bytes, 1);
-    x->host_const = ps_alloc(p->space_bytes[PS_SPACE_HOST_CONST] + 1, 1);
-    if ((x->host_kv_bytes > 0 && x->host_kv == NULL) || x->host_const == NULL)
-        return ps_fail(err, PS_ENOMEM, "no host memory for a KV cache of %.1f MiB",
-            (double)x->host_kv_bytes / (1 << 20));
-    x->bases.space[PS_SPACE_HOST_ACT] = host_dptr(x->host_act);
-    if (p->space_bytes[PS_SPACE_HOST_ACT_DEV] > 0)
-        TRY(ps_device_locked_dptr(
-            x->device, x->host_act, &x->bases.space[PS_SPACE_HOST_ACT_DEV], err));
-    x->bases.space[PS_SPACE_HOST_BATCH] = host_dptr(x->host_batch);
-    x->bases.space[PS_SPACE_HOST_CONST] = host_dptr(x->host_const);
-    x->bases.space[PS_SPACE_HOST_KV] = host_dptr(x->host_kv);
-    if (p->kv_backed) {
-        TRY(ps_device_lock(x->device, x->host_kv, x->host_kv_bytes, err));
-        x->host_kv_locked = true;
-        x->stats.locked_bytes += x->host_kv_bytes;
-        TRY(ps_device_locked_dptr(
-            x->device, x->host_kv, &x->bases.space[PS_SPACE_HOST_KV_DEV], err));
-    }
-    return ps_exec_reserve_logits(x, p->spec.logit_rows, err);
-}
+/* ---- bound lists ---- */
 
 static void drop_graphs(ps_exec *x, ps_bound *b)
 {
@@ -137,240 +24,18 @@ static void drop_graphs(ps_exec *x, ps_bound *b)
     }
 }
 
-ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err)
+void ps_exec_drop_graphs(ps_exec *x)
 {
-    if (n_rows <= x->out_rows) return PS_OK;
-    void *out = NULL;
-    uint64_t row = (uint64_t)x->model->hp.n_vocab * sizeof(float);
-    TRY(locked(x, n_rows * row, &out, err));
-    if (x->out != NULL) {
-        ps_device_locked_free(x->device, x->out);
-        x->stats.locked_bytes -= x->out_rows * row;
-    }
-    x->out = out;
-    x->out_rows = n_rows;
-    x->bases.space[PS_SPACE_OUT] = host_dptr(out);
-    /* Lists bound to the old address are of no use any more. */
-    for (uint32_t i = 0; i < x->n_bound; i++) {
-        drop_graphs(x, x->bound[i]);
-        ps_bound_destroy(x->bound[i]);
-    }
+    for (uint32_t i = 0; i < x->n_bound; i++) drop_graphs(x, x->bound[i]);
+}
+
+void ps_exec_drop_lists(ps_exec *x)
+{
+    ps_exec_drop_graphs(x);
+    for (uint32_t i = 0; i < x->n_bound; i++) ps_bound_destroy(x->bound[i]);
     x->n_bound = 0;
     x->tables_of = NULL;
-    return PS_OK;
 }
-
-/* Copies take only locked memory: lock the chunks that hold streamed images. */
-static ps_status lock_images(ps_exec *x, ps_err *err)
-{
-    const ps_images *im = x->model->images;
-    if (x->plan->space_bytes[PS_SPACE_DEV_RING] == 0) return PS_OK;
-    uint32_t n = ps_images_chunk_count(im), n_parts = ps_images_chunk_count(x->parts);
-    x->locked_chunks = ps_alloc((uint64_t)n + n_parts + 1, sizeof *x->locked_chunks);
-    if (x->locked_chunks == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to lock images");
-    for (uint32_t i = 0; i < n + n_parts; i++) {
-        void *base = NULL;
-        uint64_t n_bytes = 0;
-        ps_images_chunk(i < n ? im : x->parts, i < n ? i : i - n, &base, &n_bytes);
-        TRY(ps_device_lock(x->device, base, n_bytes, err));
-        x->locked_chunks[x->n_locked_chunks++] = base;
-        x->stats.locked_bytes += n_bytes;
-    }
-    return PS_OK;
-}
-
-/* Experts may be read where they lie (ps_pass_maps_experts). */
-static ps_status find_image_addresses(ps_exec *x, ps_err *err)
-{
-    const ps_model *m = x->model;
-    if (x->n_locked_chunks == 0) return PS_OK;
-    x->image_dev = ps_alloc(m->n_units, sizeof *x->image_dev);
-    if (x->image_dev == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to map images");
-    for (uint32_t i = 0; i < m->n_units; i++)
-        if (m->units[i].kind == PS_UNIT_EXPERT && x->plan->homes[i].host)
-            TRY(ps_device_locked_dptr(x->device, ps_model_image(m, i), &x->image_dev[i], err));
-    x->bases.image_dev = x->image_dev;
-    return PS_OK;
-}
-
-static ps_status load_weights(ps_exec *x, ps_pool *pool, ps_err *err)
-{
-    const ps_model *m = x->plan->model; /* with parts, where the plan has cut units */
-    bool *want = ps_alloc(m->n_units, sizeof *want);
-    if (want == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to load a model");
-    for (uint32_t i = 0; i < m->n_units; i++) want[i] = x->plan->homes[i].host;
-    uint64_t before = ps_model_image_bytes(x->model);
-    ps_status status =
-        ps_model_load_images(x->model, want, pool, x->options.progress, x->options.ctx, err);
-    x->stats.disk_bytes += ps_model_image_bytes(x->model) - before;
-    if (status == PS_OK && m != x->model) {
-        memset(want, 0, x->model->n_units * sizeof *want);
-        status = ps_images_create(m->n_units, &x->parts, err);
-        x->bases.parts = x->parts;
-        if (status == PS_OK)
-            status =
-                ps_images_fill(x->parts, m, want, pool, x->options.progress, x->options.ctx, err);
-        x->stats.disk_bytes += ps_images_bytes(x->parts);
-    }
-    if (status == PS_OK)
-        status = ps_upload_weights(x->plan, x->device, x->bases.space[PS_SPACE_DEV_WEIGHTS], pool,
-            x->options.progress, x->options.ctx, &x->stats.disk_bytes, err);
-    ps_free(want);
-    return status;
-}
-
-/* Rope frequencies: the same on both sides, once and for all. */
-static ps_status fill_const(ps_exec *x, ps_err *err)
-{
-    const ps_hparams *hp = &x->model->hp;
-    for (uint32_t i = 0; i < hp->n_rope; i++) {
-        float mag = 0.0f,
-              *freq = (float *)(void *)((unsigned char *)x->host_const + x->plan->rope_offset[i]);
-        TRY(ps_model_rope(x->model, i, x->plan->spec.n_ctx, freq, &mag, err));
-        if (x->const_staging != NULL)
-            memcpy((unsigned char *)x->const_staging + x->plan->rope_offset[i], freq,
-                hp->n_rot / 2 * sizeof(float));
-    }
-    if (x->const_staging == NULL) return PS_OK;
-    TRY(ps_device_copy_in(x->device, x->stream[PS_STREAM_H2D], x->bases.space[PS_SPACE_DEV_CONST],
-        x->const_staging, x->plan->space_bytes[PS_SPACE_DEV_CONST], err));
-    return ps_device_sync(x->device, x->stream[PS_STREAM_H2D], err);
-}
-
-static ps_status create(ps_exec *x, ps_err *err)
-{
-    ps_pool *pool = NULL;
-    ps_status status = PS_OK;
-    for (int s = 0; s < PS_STREAM_COUNT; s++)
-        TRY(ps_stream_create(x->device, (ps_stream_role)s, &x->stream[s], err));
-    TRY(ps_event_create(x->device, &x->fork, err));
-    TRY(ps_event_create(x->device, &x->join, err));
-    TRY(take_spaces(x, err));
-    TRY(take_host(x, err));
-    TRY(fill_const(x, err));
-    int n_threads = ps_cpu_count();
-    TRY(ps_pool_create(n_threads < 16 ? n_threads : 16, &pool, err));
-    status = load_weights(x, pool, err);
-    ps_pool_destroy(pool);
-    if (status == PS_OK) status = lock_images(x, err);
-    return status == PS_OK ? find_image_addresses(x, err) : status;
-}
-
-ps_status ps_exec_create(ps_model *model, const ps_plan *plan, ps_device *device,
-    const ps_exec_options *options, ps_exec **out, ps_err *err)
-{
-    *out = NULL;
-    ps_exec *x = ps_alloc(1, sizeof *x);
-    if (x == NULL) return ps_fail(err, PS_ENOMEM, "no host memory for an executor");
-    x->model = model;
-    x->plan = plan;
-    x->device = device;
-    x->options = *options;
-    ps_status status = create(x, err);
-    if (status != PS_OK)
-        ps_exec_destroy(x);
-    else
-        *out = x;
-    return status;
-}
-
-static void free_locked(ps_exec *x, void *p)
-{
-    if (p != NULL) ps_device_locked_free(x->device, p);
-}
-
-void ps_exec_destroy(ps_exec *x)
-{
-    if (x == NULL) return;
-    for (uint32_t i = 0; i < x->n_bound; i++) {
-        drop_graphs(x, x->bound[i]);
-        ps_bound_destroy(x->bound[i]);
-    }
-    ps_trace_destroy(x->trace);
-    for (uint32_t i = 0; i < x->n_events; i++) ps_event_destroy(x->device, x->events[i]);
-    ps_free(x->events);
-    if (x->fork != NULL) ps_event_destroy(x->device, x->fork);
-    if (x->join != NULL) ps_event_destroy(x->device, x->join);
-    for (int s = 0; s < PS_STREAM_COUNT; s++)
-        if (x->stream[s] != NULL) ps_stream_destroy(x->device, x->stream[s]);
-    for (uint32_t i = 0; i < x->n_locked_chunks; i++)
-        ps_device_unlock(x->device, x->locked_chunks[i]);
-    ps_free(x->locked_chunks);
-    ps_free(x->image_dev);
-    ps_images_destroy(x->parts);
-    free_locked(x, x->host_act);
-    free_locked(x, x->host_batch);
-    free_locked(x, x->const_staging);
-    free_locked(x, x->out);
-    free_locked(x, x->flags);
-    if (x->host_kv_locked) ps_device_unlock(x->device, x->host_kv);
-    ps_free(x->host_kv);
-    ps_free(x->host_const);
-    ps_arena_fini(&x->arena);
-    ps_free(x);
-}
-
-/* ---- taking over ---- */
-
-void ps_exec_retire(ps_exec *x, ps_exec_past *past)
-{
-    *past = (ps_exec_past){0};
-    if (x == NULL) return;
-    *past = (ps_exec_past){.stats = x->stats, .trace = x->trace, .recording = x->recording};
-    x->trace = NULL;
-    ps_exec_destroy(x);
-}
-
-void ps_exec_inherit(ps_exec *x, ps_exec_past *past)
-{
-    ps_exec_stats *now = &x->stats;
-    const ps_exec_stats *before = &past->stats;
-    now->h2d_bytes += before->h2d_bytes;
-    now->d2h_bytes += before->d2h_bytes;
-    now->disk_bytes += before->disk_bytes;
-    now->n_passes += before->n_passes;
-    now->n_graph_launches += before->n_graph_launches;
-    now->busy_ns += before->busy_ns;
-    x->trace = past->trace;
-    x->recording = past->recording;
-    past->trace = NULL;
-}
-
-static ps_status move_dev(
-    ps_exec *x, bool in, ps_dptr at, unsigned char *bytes, uint64_t n, ps_err *err)
-{
-    ps_stream *s = x->stream[in ? PS_STREAM_H2D : PS_STREAM_D2H];
-    if (in) {
-        memcpy(x->out, bytes, n);
-        TRY(ps_device_copy_in(x->device, s, at, x->out, n, err));
-        return ps_device_sync(x->device, s, err);
-    }
-    TRY(ps_device_copy_out(x->device, s, x->out, at, n, err));
-    TRY(ps_device_sync(x->device, s, err));
-    memcpy(bytes, x->out, n);
-    return PS_OK;
-}
-
-ps_status ps_exec_move_kv(
-    ps_exec *x, bool in, ps_dptr ref, void *bytes, uint64_t n_bytes, ps_err *err)
-{
-    uint64_t staging_bytes = (uint64_t)x->out_rows * x->model->hp.n_vocab * sizeof(float);
-    ps_dptr at = ps_bind_ref(x->model, &x->bases, ref);
-    if (ps_ref_space(ref) == PS_SPACE_HOST_KV) {
-        void *home = (void *)(uintptr_t)at.a;
-        memcpy(in ? home : bytes, in ? bytes : home, n_bytes);
-        return PS_OK;
-    }
-    ps_status status = PS_OK;
-    for (uint64_t done = 0, n; done < n_bytes && status == PS_OK; done += n) {
-        n = ps_min_u64(staging_bytes, n_bytes - done);
-        status = move_dev(x, in, ps_dptr_add(at, done), (unsigned char *)bytes + done, n, err);
-    }
-    if (status == PS_EFATAL) x->lost = true;
-    return status;
-}
-
-/* ---- bound lists ---- */
 
 static bool same_shape(const ps_pass_shape *a, const ps_pass_shape *b)
 {
@@ -397,12 +62,12 @@ static ps_status grow_flags(ps_exec *x, uint32_t n, ps_err *err)
     if (n <= x->n_flags) return PS_OK;
     void *flags = NULL;
     uint32_t cap = n * 2;
-    TRY(locked(x, (uint64_t)cap * FLAG_STRIDE, &flags, err));
+    TRY(ps_exec_locked(x, (uint64_t)cap * FLAG_STRIDE, &flags, err));
     if (x->flags != NULL) x->stats.locked_bytes -= (uint64_t)x->n_flags * FLAG_STRIDE;
-    free_locked(x, x->flags);
+    ps_exec_free_locked(x, x->flags);
     x->flags = flags;
     x->n_flags = cap;
-    for (uint32_t i = 0; i < x->n_bound; i++) drop_graphs(x, x->bound[i]); /* with old addresses */
+    ps_exec_drop_graphs(x); /* with old addresses */
     return PS_OK;
 }
 
@@ -435,7 +100,7 @@ static ps_status get_bound(ps_exec *x, const ps_pass_shape *shape, ps_bound **ou
         return status;
     }
     ps_bound *b = NULL;
-    TRY(ps_bind(x->model, &x->bases, ticks, &b, err));
+    TRY(ps_bind(&x->bases, ticks, &b, err));
     if (x->n_bound == CAP_BOUND) evict(x);
     x->bound[x->n_bound++] = b;
     *out = b;
@@ -494,12 +159,12 @@ static ps_status activate_tables(ps_exec *x, const ps_bound *b, ps_err *err)
     uint64_t at = x->plan->tables_offset, n_bytes = t->n_table * sizeof(ps_dptr);
     ps_dptr *host = (ps_dptr *)(void *)((unsigned char *)x->host_const + at);
     for (uint32_t i = 0; i < t->n_table; i++)
-        host[i] = ps_bind_ref(x->model, &x->bases, t->table[PS_SIDE_HOST][i]);
+        host[i] = ps_bind_ref(&x->bases, t->table[PS_SIDE_HOST][i]);
     if (x->const_staging != NULL) {
         bool changed = x->tables_torn;
         ps_dptr *dev = (ps_dptr *)(void *)((unsigned char *)x->const_staging + at);
         for (uint32_t i = 0; i < t->n_table; i++) {
-            ps_dptr p = ps_bind_ref(x->model, &x->bases, t->table[PS_SIDE_DEV][i]);
+            ps_dptr p = ps_bind_ref(&x->bases, t->table[PS_SIDE_DEV][i]);
             changed = changed || p.a != dev[i].a;
             dev[i] = p;
         }
@@ -528,6 +193,9 @@ static ps_status enqueue(ps_exec *x, const ps_bound *b, uint32_t i, ps_err *err)
     ps_stream *s = x->stream[k->stream];
     switch ((ps_tick_kind)k->kind) {
     case PS_TICK_COPY_IN:
+        if (ps_bound_bounces(k))
+            return ps_bounce_copy(x->bounce, s, k->dst, ps_ref_unit(k->src),
+                ps_ref_in_image(k->src), k->n_bytes, err);
         return ps_device_copy_in(d, s, k->dst, (const void *)(uintptr_t)k->src.a, k->n_bytes, err);
     case PS_TICK_COPY_OUT:
         return ps_device_copy_out(d, s, (void *)(uintptr_t)k->dst.a, k->src, k->n_bytes, err);
@@ -597,7 +265,7 @@ static bool wants_graph(const ps_exec *x, const ps_bound *b)
 {
     return x->options.graphs && b->graph[x->marking] == NULL && !b->graph_failed[x->marking] &&
            b->ticks->shape.n_tok <= GRAPH_MAX_TOK && b->n_runs >= GRAPH_AFTER_RUNS &&
-           b->n_ticks_on[PS_STREAM_COMPUTE] > 0;
+           b->n_ticks_on[PS_STREAM_COMPUTE] > 0 && b->bounce_bytes == 0;
 }
 
 /* The driver's memory for a graph counts against the reserve that the plan made for it. */
@@ -663,6 +331,7 @@ static ps_status wait_for(ps_exec *x, const ps_bound *b, ps_err *err)
         ps_status one = ps_device_sync(x->device, x->stream[s], err);
         if (status == PS_OK) status = one;
     }
+    if (status == PS_OK) status = ps_bounce_sync(x->bounce, err);
     if (status == PS_OK && atomic_load(&x->cancelled))
         return ps_fail(err, PS_ECANCELLED, "the pass was interrupted");
     return status;
@@ -674,6 +343,8 @@ static void drain(ps_exec *x)
     ps_device_set_abort(x->device, 1);
     for (int s = 0; s < PS_STREAM_COUNT; s++)
         if (ps_device_sync(x->device, x->stream[s], NULL) == PS_EFATAL) x->lost = true;
+    if (ps_bounce_sync(x->bounce, NULL) == PS_EFATAL) x->lost = true;
+    ps_bounce_reset(x->bounce);
     ps_device_set_abort(x->device, 0);
 }
 
@@ -725,7 +396,8 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
         .n_tok = batch->n_tok,
         .n_out = batch->n_out,
         .max_kv = batch->max_kv,
-        .far = batch->far};
+        .far = batch->far,
+        .mapped = x->mapped};
     if (batch->one_sequence && ps_pass_is_staged(x->plan, batch->n_tok)) {
         shape.staged = true;
         shape.far = 0;
@@ -757,6 +429,8 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
     b->last_used = ++x->stats.n_passes;
     x->stats.h2d_bytes += b->h2d_bytes;
     x->stats.d2h_bytes += b->d2h_bytes;
+    x->stats.bounce_bytes += b->bounce_bytes;
+    x->stats.disk_bytes += b->disk_bytes;
     if (logits != NULL) *logits = x->out;
     return PS_OK;
 }
@@ -800,8 +474,10 @@ const ps_plan *ps_exec_plan(const ps_exec *x)
 ps_exec_stats ps_exec_get_stats(const ps_exec *x)
 {
     ps_exec_stats s = x->stats;
-    s.ram_bytes = ps_model_image_bytes(x->model) + ps_images_bytes(x->parts) + x->host_kv_bytes +
-                  x->plan->space_bytes[PS_SPACE_HOST_CONST];
+    s.locked_bytes += x->weights.locked_bytes;
+    /* Locked images and a locked cache are counted once. */
+    s.ram_bytes = x->weights.image_bytes + x->plan->space_bytes[PS_SPACE_HOST_CONST] +
+                  x->stats.locked_bytes + (x->host_kv_locked ? 0 : x->host_kv_bytes);
     return s;
 }
 

@@ -22,6 +22,8 @@ typedef struct ps_exec_options {
     const ps_op_table *dev_ops; /* for PS_SIDE_DEV: cpu_ops on emu, the CUDA table on cuda */
     bool graphs;                /* replay small passes as graphs */
     bool check;                 /* prove every new tick list before it runs */
+    uint64_t locked_limit;      /* most page-locked memory, everything counted; 0: no limit */
+    uint64_t ram_limit;         /* most host memory, locked or not, everything counted; 0: none */
     ps_progress_fn progress;    /* of loading weights; may be NULL */
     ps_poll_fn poll;            /* of passes; may be NULL */
     void *ctx;                  /* of both */
@@ -42,9 +44,11 @@ typedef struct ps_batch {
 
 typedef struct ps_exec_stats {
     uint64_t h2d_bytes, d2h_bytes; /* copied in passes since open */
-    uint64_t locked_bytes;         /* held now */
-    uint64_t ram_bytes;            /* host memory for images, KV and constants */
-    uint64_t disk_bytes;           /* read from files at open */
+    uint64_t locked_bytes;         /* page-locked memory held now */
+    uint64_t ram_bytes;    /* host memory held now: images in use, KV, constants, and what is
+                              locked besides */
+    uint64_t bounce_bytes; /* of h2d_bytes: through the bounce ring */
+    uint64_t disk_bytes;   /* read from files, at open and in passes */
     uint64_t n_passes, n_graph_launches;
     uint64_t busy_ns; /* device clock, of all passes */
 } ps_exec_stats;
@@ -73,6 +77,8 @@ ps_status ps_exec_move_kv(
 
 /* Room for this many rows of logits; between passes only. */
 ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err);
+/* As many rows up to n_rows as there is locked memory for. */
+uint32_t ps_exec_logit_rows(ps_exec *x, uint32_t n_rows);
 /* Runs one pass. *logits is [n_out][n_vocab], valid until the next pass. */
 ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, ps_err *err);
 

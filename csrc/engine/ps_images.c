@@ -8,30 +8,37 @@
 typedef struct chunk {
     unsigned char *base; /* owns */
     uint64_t n_bytes;
+    uint32_t n_images; /* in it; 0: about to be given back */
 } chunk;
 
 struct ps_images {
-    pthread_mutex_t lock; /* guards everything below while images are added */
+    pthread_mutex_t filling; /* one thread adds images at a time */
+    pthread_mutex_t lock;    /* guards all below, but for looking at images that one uses */
     uint32_t n_units;
     _Atomic(unsigned char *)
-        *image;    /* owns the array; [n_units] into chunks, NULL where not loaded */
-    chunk *chunks; /* owns; [n_chunks] */
+        *image;      /* owns the array; [n_units] into chunks, NULL where not loaded */
+    uint32_t *users; /* owns; [n_units] */
+    chunk *chunks;   /* owns; [n_chunks] */
     uint32_t n_chunks;
-    uint64_t n_bytes;
+    _Atomic uint64_t n_bytes; /* of the images, padded */
 };
 
 ps_status ps_images_create(uint32_t n_units, ps_images **out, ps_err *err)
 {
     ps_images *im = ps_alloc(1, sizeof *im);
     void *slots = ps_alloc(n_units, sizeof *im->image);
-    if (im == NULL || slots == NULL) {
+    uint32_t *users = ps_alloc(n_units, sizeof *users);
+    if (im == NULL || slots == NULL || users == NULL) {
         ps_free(im);
         ps_free(slots);
+        ps_free(users);
         return ps_fail(err, PS_ENOMEM, "no host memory for the table of %u images", n_units);
     }
+    pthread_mutex_init(&im->filling, NULL);
     pthread_mutex_init(&im->lock, NULL);
     im->n_units = n_units;
     im->image = slots;
+    im->users = users;
     *out = im;
     return PS_OK;
 }
@@ -42,19 +49,10 @@ void ps_images_destroy(ps_images *im)
     for (uint32_t i = 0; i < im->n_chunks; i++) ps_free(im->chunks[i].base);
     ps_free(im->chunks);
     ps_free((void *)im->image);
+    ps_free(im->users);
+    pthread_mutex_destroy(&im->filling);
     pthread_mutex_destroy(&im->lock);
     ps_free(im);
-}
-
-uint32_t ps_images_chunk_count(const ps_images *im)
-{
-    return im != NULL ? im->n_chunks : 0;
-}
-
-void ps_images_chunk(const ps_images *im, uint32_t i, void **base, uint64_t *n_bytes)
-{
-    *base = im->chunks[i].base;
-    *n_bytes = im->chunks[i].n_bytes;
 }
 
 const void *ps_images_get(const ps_images *im, uint32_t unit)
@@ -65,7 +63,79 @@ const void *ps_images_get(const ps_images *im, uint32_t unit)
 
 uint64_t ps_images_bytes(const ps_images *im)
 {
-    return im != NULL ? im->n_bytes : 0;
+    return im != NULL ? atomic_load(&im->n_bytes) : 0;
+}
+
+uint64_t ps_images_padded_bytes(const ps_model *model, uint32_t unit)
+{
+    return ps_div_up_u64(model->units[unit].n_bytes, PS_WEIGHT_ALIGN) * PS_WEIGHT_ALIGN;
+}
+
+/* ---- users ---- */
+
+const void *ps_images_borrow(ps_images *im, uint32_t unit)
+{
+    if (im == NULL || unit >= im->n_units) return NULL;
+    pthread_mutex_lock(&im->lock);
+    const void *image = ps_images_get(im, unit);
+    if (image != NULL) im->users[unit]++;
+    pthread_mutex_unlock(&im->lock);
+    return image;
+}
+
+void ps_images_return(ps_images *im, uint32_t unit)
+{
+    pthread_mutex_lock(&im->lock);
+    im->users[unit]--;
+    pthread_mutex_unlock(&im->lock);
+}
+
+void ps_images_release(ps_images *im, const bool *want)
+{
+    pthread_mutex_lock(&im->lock);
+    for (uint32_t i = 0; i < im->n_units; i++) im->users[i] -= want[i];
+    pthread_mutex_unlock(&im->lock);
+}
+
+static uint32_t find_chunk(const ps_images *im, const unsigned char *image)
+{
+    uint32_t i = 0;
+    while (image < im->chunks[i].base || image >= im->chunks[i].base + im->chunks[i].n_bytes) i++;
+    return i;
+}
+
+void ps_images_chunk_of(ps_images *im, const void *image, void **base, uint64_t *n_bytes)
+{
+    pthread_mutex_lock(&im->filling);
+    const chunk *c = &im->chunks[find_chunk(im, image)];
+    *base = c->base;
+    *n_bytes = c->n_bytes;
+    pthread_mutex_unlock(&im->filling);
+}
+
+static void drop_image(ps_images *im, const ps_model *model, uint32_t unit)
+{
+    unsigned char *image = atomic_load(&im->image[unit]);
+    uint64_t n_bytes = ps_images_padded_bytes(model, unit);
+    uint32_t i = find_chunk(im, image);
+    atomic_store(&im->image[unit], NULL);
+    atomic_fetch_sub(&im->n_bytes, n_bytes);
+    if (--im->chunks[i].n_images > 0) {
+        ps_forget(image, n_bytes);
+        return;
+    }
+    ps_free(im->chunks[i].base);
+    im->chunks[i] = im->chunks[--im->n_chunks];
+}
+
+void ps_images_keep(ps_images *im, const ps_model *model, const bool *want)
+{
+    pthread_mutex_lock(&im->filling); /* whose chunks must stay where they are */
+    pthread_mutex_lock(&im->lock);
+    for (uint32_t i = 0; i < im->n_units; i++)
+        if (im->users[i] == 0 && !want[i] && ps_images_get(im, i) != NULL) drop_image(im, model, i);
+    pthread_mutex_unlock(&im->lock);
+    pthread_mutex_unlock(&im->filling);
 }
 
 const void *ps_model_image(const ps_model *model, uint32_t unit)
@@ -122,11 +192,12 @@ ps_status ps_model_read_part(
     const ps_model *model, uint32_t unit, uint64_t from, uint64_t n_bytes, void *dst, ps_err *err)
 {
     const ps_unit *u = &model->units[unit];
-    const unsigned char *image = ps_model_image(model, unit);
     uint64_t to = from + n_bytes;
     ps_check_bug(to >= from && to <= u->n_bytes, err);
+    const unsigned char *image = ps_images_borrow(model->images, unit);
     if (image != NULL) {
         memcpy(dst, image + from, n_bytes);
+        ps_images_return(model->images, unit);
         return PS_OK;
     }
     for (uint32_t i = 0; i < u->n_weights; i++) {
@@ -192,11 +263,6 @@ static void fill_member(void *ctx, int i_thread, int n_threads)
     }
 }
 
-static uint64_t padded_bytes(const ps_model *model, uint32_t unit)
-{
-    return ps_div_up_u64(model->units[unit].n_bytes, PS_WEIGHT_ALIGN) * PS_WEIGHT_ALIGN;
-}
-
 /* Cuts the missing units into chunks and gives each its address. On failure no chunk of this call
  * is left. */
 static ps_status place_chunks(ps_images *im, const ps_model *model, const uint32_t *units,
@@ -204,10 +270,11 @@ static ps_status place_chunks(ps_images *im, const ps_model *model, const uint32
 {
     uint32_t n_before = im->n_chunks;
     for (uint32_t i = 0; i < n;) {
-        uint64_t n_bytes = padded_bytes(model, units[i]);
+        uint64_t n_bytes = ps_images_padded_bytes(model, units[i]);
         uint32_t end = i + 1;
-        while (end < n && n_bytes + padded_bytes(model, units[end]) <= PS_IMAGE_CHUNK_BYTES)
-            n_bytes += padded_bytes(model, units[end++]);
+        while (
+            end < n && n_bytes + ps_images_padded_bytes(model, units[end]) <= PS_IMAGE_CHUNK_BYTES)
+            n_bytes += ps_images_padded_bytes(model, units[end++]);
         chunk *chunks = ps_realloc(im->chunks, im->n_chunks + 1, sizeof *chunks);
         if (chunks != NULL) im->chunks = chunks;
         unsigned char *base = chunks != NULL ? ps_alloc(n_bytes, 1) : NULL;
@@ -216,13 +283,20 @@ static ps_status place_chunks(ps_images *im, const ps_model *model, const uint32
             return ps_fail(err, PS_ENOMEM, "no host memory for %.1f MiB of weights",
                 (double)n_bytes / (1 << 20));
         }
-        im->chunks[im->n_chunks++] = (chunk){base, n_bytes};
+        im->chunks[im->n_chunks++] = (chunk){base, n_bytes, end - i};
         for (; i < end; i++) {
             dst[i] = base;
-            base += padded_bytes(model, units[i]);
+            base += ps_images_padded_bytes(model, units[i]);
         }
     }
     return PS_OK;
+}
+
+static void add_users(ps_images *im, const bool *want)
+{
+    pthread_mutex_lock(&im->lock);
+    for (uint32_t i = 0; i < im->n_units; i++) im->users[i] += want[i];
+    pthread_mutex_unlock(&im->lock);
 }
 
 static ps_status fill_locked(ps_images *im, const ps_model *model, const bool *want, ps_pool *pool,
@@ -260,10 +334,12 @@ static ps_status fill_locked(ps_images *im, const ps_model *model, const bool *w
         while (im->n_chunks > n_before) ps_free(im->chunks[--im->n_chunks].base);
         goto done;
     }
-    for (uint32_t i = 0; i < n; i++)
+    for (uint32_t i = 0; i < n; i++) {
         atomic_store_explicit(&im->image[units[i]], dst[i], memory_order_release);
-    im->n_bytes += f.total_bytes;
+        atomic_fetch_add(&im->n_bytes, ps_images_padded_bytes(model, units[i]));
+    }
 done:
+    if (status == PS_OK) add_users(im, want);
     ps_free(units);
     ps_free(dst);
     return status;
@@ -272,9 +348,9 @@ done:
 ps_status ps_images_fill(ps_images *im, const ps_model *model, const bool *want, ps_pool *pool,
     ps_progress_fn progress, void *progress_ctx, ps_err *err)
 {
-    pthread_mutex_lock(&im->lock);
+    pthread_mutex_lock(&im->filling);
     ps_status status = fill_locked(im, model, want, pool, progress, progress_ctx, err);
-    pthread_mutex_unlock(&im->lock);
+    pthread_mutex_unlock(&im->filling);
     return status;
 }
 

@@ -5,7 +5,10 @@
  * Images are packed into chunks of anonymous memory, so that a device can page-lock a few large
  * ranges; no image straddles two chunks, so a copy of an image never crosses a registration.
  *
- * Threads: filling takes the lock; an image, once there, never moves or changes.
+ * Each image counts its users. One without stays, for the next engine, until somebody who is short
+ * of memory says what to keep.
+ *
+ * Threads: any; an image that somebody uses never moves or changes.
  */
 #ifndef PS_IMAGES_H
 #define PS_IMAGES_H
@@ -19,16 +22,26 @@ typedef struct ps_images ps_images;
 ps_status ps_images_create(uint32_t n_units, ps_images **out, ps_err *err);
 void ps_images_destroy(ps_images *images); /* NULL allowed */
 
-/* Reads those of `want` (one flag a unit that `images` was made for) that are not there yet,
- * several at once on `pool` (may be NULL). See ps_model_load_images. */
+/* Makes the caller a user of those of `want` (one flag a unit that `images` was made for). Reads
+ * what is not there yet, several at once on `pool` (may be NULL). `model` is where the units' bytes
+ * are described: the one that `images` belong to, or one that a plan has cut. */
 ps_status ps_images_fill(ps_images *images, const ps_model *model, const bool *want, ps_pool *pool,
     ps_progress_fn progress, void *progress_ctx, ps_err *err);
-/* NULL where not loaded, or where there are no images at all. */
-const void *ps_images_get(const ps_images *images, uint32_t unit);
-uint64_t ps_images_bytes(const ps_images *images);
+void ps_images_release(ps_images *images, const bool *want); /* no user of these any more */
+/* Drops what nobody uses and `want` does not name. */
+void ps_images_keep(ps_images *images, const ps_model *model, const bool *want);
 
-/* The chunks that exist now, for locking. */
-uint32_t ps_images_chunk_count(const ps_images *images);
-void ps_images_chunk(const ps_images *images, uint32_t i, void **base, uint64_t *n_bytes);
+/* For a user of the image. NULL where not loaded, or where there are no images at all. */
+const void *ps_images_get(const ps_images *images, uint32_t unit);
+/* A use that ends with ps_images_return; NULL where not loaded, and then there is nothing to
+ * return.
+ */
+const void *ps_images_borrow(ps_images *images, uint32_t unit);
+void ps_images_return(ps_images *images, uint32_t unit);
+/* The chunk that an image lies in, for locking: only a user of one of its images may ask. */
+void ps_images_chunk_of(ps_images *images, const void *image, void **base, uint64_t *n_bytes);
+/* Host memory of one image, and of all that there are. */
+uint64_t ps_images_padded_bytes(const ps_model *model, uint32_t unit);
+uint64_t ps_images_bytes(const ps_images *images);
 
 #endif

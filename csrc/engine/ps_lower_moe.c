@@ -26,7 +26,7 @@ typedef struct expert_plan {
 /* Does this expert travel through the ring, or stay where it is? */
 static bool rides(const lowering *l, uint32_t unit)
 {
-    return ps_lower_is_streamed(l, unit) && !ps_pass_maps_experts(l->plan, &l->shape);
+    return ps_lower_is_streamed(l, unit) && !ps_lower_is_mapped(l, unit);
 }
 
 static uint64_t ring_share(const lowering *l, uint32_t unit) /* what an expert takes in a group */
@@ -70,7 +70,8 @@ static void set_expert(lowering *l, ps_side side, const expert_group *g, uint32_
         ps_lower_at_weight(l, side, unit, ps_model_find(l->model, unit, PS_W_DOWN)));
 }
 
-/* Whether some experts stream and the ring holds an image for each assignment of a chunk. */
+/* Whether some experts stream, all of them from where the GPU can read them, and the ring holds an
+ * image for each assignment of a chunk. */
 static bool gathers(const lowering *l, uint32_t layer)
 {
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert,
@@ -78,9 +79,13 @@ static bool gathers(const lowering *l, uint32_t layer)
     uint64_t n_assign = (uint64_t)n_tok * l->hp->n_expert_used;
     if (!ps_pass_maps_experts(l->plan, &l->shape)) return false;
     if (ring_share(l, first) > ps_lower_ring_bytes(l) / n_assign) return false;
-    for (uint32_t i = 0; i < ne; i++)
-        if (ps_lower_is_streamed(l, first + i)) return true;
-    return false;
+    bool any = false;
+    for (uint32_t i = 0; i < ne; i++) {
+        if (!ps_lower_is_streamed(l, first + i)) continue;
+        if (!ps_lower_is_mapped(l, first + i)) return false;
+        any = true;
+    }
+    return any;
 }
 
 /* An expert of the GPU, in the tables of a layer that gathers. */

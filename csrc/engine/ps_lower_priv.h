@@ -81,6 +81,8 @@ static inline chunk get_chunk(const lowering *l, uint32_t i, ps_side side)
 enum { PS_RING_NOBODY = -1 }; /* owner of slots whose bytes nobody comes back for */
 
 bool ps_lower_is_streamed(const lowering *l, uint32_t unit);
+/* Is this expert, if streamed, read where it lies and not loaded? */
+bool ps_lower_is_mapped(const lowering *l, uint32_t unit);
 uint64_t ps_lower_ring_bytes(const lowering *l);
 bool ps_lower_fits_ring(const lowering *l, uint32_t unit);
 /* Room for n_bytes in consecutive slots. What lies there may still be in use: the emitter makes the

@@ -8,6 +8,12 @@ bool ps_lower_is_streamed(const lowering *l, uint32_t unit)
     return ps_plan_place(l->plan, l->shape.tier, unit).kind == PS_PLACE_STREAM;
 }
 
+bool ps_lower_is_mapped(const lowering *l, uint32_t unit)
+{
+    return ps_pass_maps_experts(l->plan, &l->shape) &&
+           (l->shape.mapped == NULL || l->shape.mapped[unit]);
+}
+
 uint64_t ps_lower_ring_bytes(const lowering *l)
 {
     return l->plan->spec.n_slots * l->plan->spec.slot_bytes;
@@ -96,7 +102,7 @@ ps_dptr ps_lower_at_weight(lowering *l, ps_side side, uint32_t unit, const ps_we
     uint64_t home = l->plan->homes[unit].dev_offset;
     if (home != UINT64_MAX) return ps_ref(PS_SPACE_DEV_WEIGHTS, home + w->offset);
     if (l->model->units[unit].kind == PS_UNIT_EXPERT) { /* in groups, or not at all */
-        if (ps_pass_maps_experts(l->plan, &l->shape))
+        if (ps_lower_is_mapped(l, unit))
             return ps_ref(PS_SPACE_HOST_WEIGHTS_DEV, (uint64_t)unit << PS_IMAGE_SHIFT | w->offset);
     } else {
         stream_in(l, unit);

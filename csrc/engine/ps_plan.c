@@ -341,22 +341,38 @@ static uint64_t lay_out_buffers(ps_plan *p)
     return end;
 }
 
-static ps_status measure_at(
-    const ps_plan *p, uint32_t tier, uint32_t n, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
+static ps_status measure_shape(const ps_plan *p, const ps_pass_shape *shape, uint64_t *ws_bytes,
+    uint32_t *n_table, ps_err *err)
 {
     uint64_t ws = 0;
     uint32_t table = 0;
-    ps_pass_shape shape = {
-        .tier = tier, .n_tok = n, .n_out = n, .max_kv = p->max_pages * PS_KV_PAGE_TOK};
-    TRY(ps_lower_measure(p, &shape, &ws, &table, err));
+    TRY(ps_lower_measure(p, shape, &ws, &table, err));
     *ws_bytes = ps_max_u64(*ws_bytes, ws);
     if (p->n_windows > 0) { /* attention in two parts and in one want different amounts */
-        shape.far = UINT32_MAX;
-        TRY(ps_lower_measure(p, &shape, &ws, &table, err));
+        ps_pass_shape far = *shape;
+        far.far = UINT32_MAX;
+        TRY(ps_lower_measure(p, &far, &ws, &table, err));
         *ws_bytes = ps_max_u64(*ws_bytes, ws);
     }
     if (table > *n_table) *n_table = table;
     return PS_OK;
+}
+
+/* Whether streamed experts can be read where they lie shows only when their memory gets locked, so
+ * there must be room for loading them as well. */
+static ps_status measure_at(
+    const ps_plan *p, uint32_t tier, uint32_t n, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
+{
+    ps_pass_shape shape = {
+        .tier = tier, .n_tok = n, .n_out = n, .max_kv = p->max_pages * PS_KV_PAGE_TOK};
+    TRY(measure_shape(p, &shape, ws_bytes, n_table, err));
+    if (!ps_pass_maps_experts(p, &shape)) return PS_OK;
+    bool *none = ps_alloc(p->model->n_units, sizeof *none);
+    if (none == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to measure a plan");
+    shape.mapped = none;
+    ps_status status = measure_shape(p, &shape, ws_bytes, n_table, err);
+    ps_free(none);
+    return status;
 }
 
 static bool same_places(const ps_plan *p, uint32_t a, uint32_t b)

@@ -64,6 +64,9 @@ typedef struct ps_pass_shape {
      * sequence, so that its KV can be staged. Else false, 0, 0. */
     bool staged;
     uint32_t seq, first;
+    /* Borrows; [n_units] streamed experts that kernels can read where they lie, because that is
+     * locked memory; NULL: all. */
+    const bool *mapped;
 } ps_pass_shape;
 
 enum {
@@ -88,10 +91,10 @@ static inline uint32_t ps_pass_far_bit(uint32_t window)
 /* `far` of a pass whose tokens end at max_kv, where every window holds all that it can. */
 uint32_t ps_pass_far(const ps_plan *plan, uint32_t n_tok, uint32_t max_kv);
 
-/* Are streamed experts read over the bus, by address, instead of loaded? Where the tokens of a pass
- * use at most half of a layer's experts, that moves fewer bytes. GATHER_EXPERTS then brings what is
- * routed into the ring; where the ring is too small for that, the ops on experts read host memory
- * themselves. */
+/* Are streamed experts (those that are `mapped`) read over the bus, by address, instead of loaded?
+ * Where the tokens of a pass use at most half of a layer's experts, that moves fewer bytes.
+ * GATHER_EXPERTS then brings what is routed into the ring; where the ring is too small for that,
+ * the ops on experts read host memory themselves. */
 bool ps_pass_maps_experts(const ps_plan *plan, const ps_pass_shape *shape);
 
 typedef struct ps_ticks {

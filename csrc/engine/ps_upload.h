@@ -1,5 +1,5 @@
 /* ps_upload - brings resident weights into VRAM at open: threads read parts of units into one half
- * of a locked staging buffer while the other half is on the bus.
+ * of a locked staging buffer while the other half is on the bus. The buffer is gone afterwards.
  *
  * Threads: the engine's thread, with the pool it is given.
  */
@@ -8,9 +8,12 @@
 
 #include "engine/ps_plan.h"
 
-/* `weights` is where DEV_WEIGHTS begins. *file_bytes: read from disk. `progress` and `poll`-like
- * cancelling as for ps_model_load_images. */
-ps_status ps_upload_weights(const ps_plan *plan, ps_device *device, ps_dptr weights, ps_pool *pool,
-    ps_progress_fn progress, void *progress_ctx, uint64_t *file_bytes, ps_err *err);
+enum { PS_UPLOAD_MIN_BYTES = 32 << 10 }; /* the least that staging can do with */
+
+/* `weights` is where DEV_WEIGHTS begins; staging takes at most room_bytes. *file_bytes: read from
+ * disk. `progress` and `poll`-like cancelling as for ps_model_load_images. */
+ps_status ps_upload_weights(const ps_plan *plan, ps_device *device, ps_dptr weights,
+    uint64_t room_bytes, ps_pool *pool, ps_progress_fn progress, void *progress_ctx,
+    uint64_t *file_bytes, ps_err *err);
 
 #endif

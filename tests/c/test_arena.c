@@ -92,15 +92,18 @@ PS_TEST(host_locks_count_holders)
     PS_REQUIRE_OK(ps_host_locks_take(memory, 4096, count_lock, &l, &err), &err);
     PS_REQUIRE_OK(ps_host_locks_take(memory + 4096, 4096, count_lock, &l, &err), &err);
     PS_CHECK_EQ(l.n_locks, 2);
-    /* Another length or a shifted range is another registration, which the driver would refuse. */
-    PS_CHECK_STATUS(ps_host_locks_take(memory, 2048, count_lock, &l, NULL), PS_EINTERNAL);
+    /* What sticks out of a range is another registration, which the driver would refuse; what lies
+     * within is locked already. */
+    PS_CHECK_STATUS(ps_host_locks_take(memory, 4097, count_lock, &l, NULL), PS_EINTERNAL);
     PS_CHECK_STATUS(ps_host_locks_take(memory + 1, 4096, count_lock, &l, NULL), PS_EINTERNAL);
+    PS_REQUIRE_OK(ps_host_locks_take(memory + 1024, 2048, count_lock, &l, &err), &err);
+    PS_CHECK_EQ(l.n_locks, 2);
+    ps_host_locks_give(memory + 1024, count_unlock, &l);
     ps_host_locks_give(memory, count_unlock, &l);
     PS_CHECK_EQ(l.n_unlocks, 0);
     ps_host_locks_give(memory, count_unlock, &l);
     PS_CHECK_EQ(l.n_unlocks, 1);
     ps_host_locks_give(memory, count_unlock, &l); /* nobody holds it */
-    ps_host_locks_give(memory + 8, count_unlock, &l);
     PS_CHECK_EQ(l.n_unlocks, 1);
     ps_host_locks_give(memory + 4096, count_unlock, &l);
     PS_CHECK_EQ(l.n_unlocks, 2);

@@ -18,6 +18,7 @@ typedef struct setup {
                 */
     int kv;    /* 0: as the places say; 1: in host memory; 2: and attention on different sides in
                   different tiers */
+    uint64_t locked_limit, ram_limit;
     ps_device_options options;
 } setup;
 
@@ -116,7 +117,9 @@ static ps_status open_rig(const setup *s, rig *r, ps_err *err)
     ps_exec_options exec = {.cpu_ops = options.cpu_ops,
         .dev_ops = r->device->info.kind == PS_DEVICE_CUDA ? ps_cuda_ops() : options.cpu_ops,
         .graphs = s->graphs,
-        .check = true};
+        .check = true,
+        .locked_limit = s->locked_limit,
+        .ram_limit = s->ram_limit};
     if (status == PS_OK)
         status = ps_engine_create(r->model, r->plan, r->device, &exec, &r->engine, err);
     return status;
@@ -332,6 +335,77 @@ PS_TEST(cuda_agrees_with_the_reference)
             ps_free(got);
             ps_free(again);
         }
+        ps_free(want);
+    }
+    ps_test_case("%s", "");
+}
+
+/* ---- less host memory than there are weights ---- */
+
+static ps_status find_stats(const setup *s, ps_exec_stats *stats, ps_err *err)
+{
+    rig r;
+    ps_status status = open_rig(s, &r, err);
+    if (status == PS_OK) *stats = ps_exec_get_stats(ps_engine_exec(r.engine));
+    close_rig(&r);
+    return status;
+}
+
+/* The least that works is said, and works. */
+static void limit_and_compare(const setup *roomy, int kind, const ps_exec_stats *all,
+    const float *want, uint64_t n, double share)
+{
+    setup s = *roomy;
+    ps_exec_stats now = {0};
+    ps_err err = {0};
+    uint64_t m = 0, locked = (uint64_t)((double)all->locked_bytes * share),
+             ram = (uint64_t)((double)all->ram_bytes * share);
+    if (kind == 0) s.locked_limit = locked;
+    if (kind == 1) s.ram_limit = ram;
+    if (kind == 2) s.options.emu_locked_bytes = locked; /* the system's, of which nobody told us */
+    ps_test_case("%s: limit %d x %.2f", s.file, kind, share);
+    ps_status status = find_stats(&s, &now, &err);
+    if (status == PS_ENOMEM) {
+        PS_CHECK(err.needed > (kind == 0 ? locked : ram));
+        *(kind == 0 ? &s.locked_limit : &s.ram_limit) = err.needed;
+        err = (ps_err){0};
+        status = find_stats(&s, &now, &err);
+    }
+    PS_REQUIRE_OK(status, &err);
+    PS_CHECK(s.locked_limit == 0 || now.locked_bytes <= s.locked_limit);
+    PS_CHECK(s.ram_limit == 0 || now.ram_bytes <= s.ram_limit);
+    PS_CHECK(s.ram_limit != 0 || now.locked_bytes < all->locked_bytes);
+    float *got = run_all(&s, &m);
+    PS_CHECK(got != NULL && n == m && memcmp(got, want, n * sizeof *got) == 0);
+    ps_free(got);
+}
+
+PS_TEST(the_same_bits_from_little_host_memory)
+{
+    static const struct {
+        int model;
+        uint64_t seed; /* 0: everything is streamed */
+        int split;
+        double share;
+    } rows[] = {{0, 0, 0, 0.7}, {6, 0, 0, 0.3}, {6, 5, 0, 0.7}, {3, 7, 1, 0.01}};
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        setup s = {.file = models[rows[i].model],
+            .device = "emu",
+            .seed = rows[i].seed,
+            .stream_all = rows[i].seed == 0,
+            .n_slots = 3,
+            .slot_bytes = 256 << 10,
+            .chunk_tok = 16,
+            .split = rows[i].split,
+            .options = {.emu_delays = true, .emu_seed = i}};
+        uint64_t n = 0;
+        ps_exec_stats all = {0};
+        ps_err err = {0};
+        PS_REQUIRE_OK(find_stats(&s, &all, &err), &err);
+        float *want = run_all(&s, &n);
+        for (int kind = 0; kind < 3 && want != NULL; kind++)
+            if (kind < 2 || rows[i].share > 0.1)
+                limit_and_compare(&s, kind, &all, want, n, rows[i].share);
         ps_free(want);
     }
     ps_test_case("%s", "");

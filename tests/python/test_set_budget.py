@@ -251,8 +251,8 @@ def test_each_device_call_of_the_change_refused_once(kind: str, heap: None) -> N
     few, many = 700 << 10, 1 << 20
     with open_engine(model, few) as engine:
         expected = engine.generate(PROMPT, **GREEDY)
-    n_refused = 0
-    for after in itertools.count():
+    n_refused = n_fine = 0
+    for after in range(100):
         try:
             engine = open_engine(model, many, device=ps.EmuDevice(faults=((kind, after),)))
         except ps.DeviceError:
@@ -274,8 +274,14 @@ def test_each_device_call_of_the_change_refused_once(kind: str, heap: None) -> N
                 engine.set_budget(few)
             else:
                 assert core.length(0) == len(PROMPT)
-                break
-            assert engine.generate(PROMPT, **GREEDY) == expected
+                n_fine += 1
+                if n_fine == 6:  # some refusals are made up for, and some come later
+                    break
+            try:
+                text = engine.generate(PROMPT, **GREEDY)
+            except ps.DeviceError:
+                text = engine.generate(PROMPT, **GREEDY)
+            assert text == expected
     assert n_refused > 0
 
 
