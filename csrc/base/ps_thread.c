@@ -142,6 +142,13 @@ static void *member_main(void *arg)
     }
 }
 
+/* A pool that has every CPU takes them from whoever feeds it (streams of emulated devices, say). */
+static uint64_t max_spin_ns(int n_threads)
+{
+    int n_cpu = ps_cpu_count();
+    return n_threads < n_cpu ? MAX_SPIN_NS : n_threads == n_cpu ? MAX_SPIN_NS / 10 : 0;
+}
+
 ps_status ps_pool_create(int n_threads, ps_pool **out, ps_err *err)
 {
     *out = NULL;
@@ -153,8 +160,8 @@ ps_status ps_pool_create(int n_threads, ps_pool **out, ps_err *err)
     if (pool == NULL)
         return ps_fail(err, PS_ENOMEM, "no memory for a pool of %d threads", n_threads);
     pool->n_threads = n_threads;
-    pool->max_spin_ns = n_threads <= ps_cpu_count() ? MAX_SPIN_NS : 0;
-    pool->start.spin_ns = pool->done.spin_ns = pool->barrier.spin_ns = MAX_SPIN_NS / 4;
+    pool->max_spin_ns = max_spin_ns(n_threads);
+    pool->start.spin_ns = pool->done.spin_ns = pool->barrier.spin_ns = pool->max_spin_ns / 4;
     for (int i = 0; i < n_threads - 1; i++) {
         pool->members[i] = (member){.pool = pool, .i_thread = i + 1};
         ps_status status =
