@@ -171,7 +171,12 @@ __attribute__((unused)) static inline uint32_t ps_test_step(uint32_t n)
 __attribute__((unused)) static inline void ps_test_oom_sweep(
     ps_status (*fn)(void *ctx, ps_err *err), void *ctx)
 {
-    for (int64_t after = 0;; after++) {
+#ifdef __SANITIZE_THREAD__ /* looks for races, of which the many alike have the same ones */
+    const int64_t step = ps_test_step(7);
+#else
+    const int64_t step = 1;
+#endif
+    for (int64_t after = 0;; after += step) {
         ps_err err = {0};
         uint64_t live = ps_heap_get_stats().live_blocks;
         ps_heap_fail_after(after);

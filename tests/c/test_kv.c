@@ -352,7 +352,7 @@ static void agree_on(const char *device)
         {"gpt-oss.mxfp4.gguf", "ref", 128, 64, false, PS_FMT_F16, 96},
         {"qwen3.q6_k.gguf", NULL, 64, 128, false, PS_FMT_Q8_0, 40},
         {"qwen2vl.f16.gguf", "ref", 64, N_CTX, false, PS_FMT_F16, 33}};
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i += ps_test_step(5)) {
         setup s = {.file = rows[i].file,
             .device = device,
             .kernels = rows[i].kernels,
