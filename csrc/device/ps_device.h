@@ -234,7 +234,7 @@ ps_status ps_device_open(
     const char *kind, const ps_device_options *options, ps_device **out, ps_err *err);
 /* How many threads compute on the CPU where the caller leaves it open. Beside a GPU not one on each
  * CPU: the engine's thread and the driver's run too, and a thread of the pool that loses its CPU
- * keeps all others waiting (16 CPUs: 62 tokens/s with 14 threads, 49 with 16). */
+ * keeps all others waiting. */
 int ps_device_default_threads(const char *kind);
 void ps_device_close(
     ps_device *d); /* frees streams, events, graphs and memory that are still there; NULL allowed */
