@@ -168,14 +168,9 @@ __attribute__((unused)) static inline uint32_t ps_test_step(uint32_t n)
  * each refusal must come back as PS_ENOMEM with a sentence, with no block more alive than before;
  * the last call must succeed. fn undoes what it did. Tests that use this are named oom_*: `make
  * oom` runs them under AddressSanitizer. */
-__attribute__((unused)) static inline void ps_test_oom_sweep(
-    ps_status (*fn)(void *ctx, ps_err *err), void *ctx)
+__attribute__((unused)) static inline void ps_test_oom_steps(
+    ps_status (*fn)(void *ctx, ps_err *err), void *ctx, int64_t step)
 {
-#ifdef __SANITIZE_THREAD__ /* looks for races, of which the many alike have the same ones */
-    const int64_t step = ps_test_step(7);
-#else
-    const int64_t step = 1;
-#endif
     for (int64_t after = 0;; after += step) {
         ps_err err = {0};
         uint64_t live = ps_heap_get_stats().live_blocks;
@@ -190,6 +185,24 @@ __attribute__((unused)) static inline void ps_test_oom_sweep(
             ps_test_fail(__FILE__, __LINE__, "%s (\"%s\")", ps_status_name(status), err.message);
         if (!fired || after > 1000000) return;
     }
+}
+
+__attribute__((unused)) static inline void ps_test_oom_sweep(
+    ps_status (*fn)(void *ctx, ps_err *err), void *ctx)
+{
+    ps_test_oom_steps(fn, ctx, 1);
+}
+
+/* The same where fn opens an engine: ThreadSanitizer looks for races, of which the many refusals
+ * alike have the same ones. */
+__attribute__((unused)) static inline void ps_test_oom_long_sweep(
+    ps_status (*fn)(void *ctx, ps_err *err), void *ctx)
+{
+#ifdef __SANITIZE_THREAD__
+    ps_test_oom_steps(fn, ctx, ps_test_step(7));
+#else
+    ps_test_oom_steps(fn, ctx, 1);
+#endif
 }
 
 static inline bool ps_test_wanted(const char *name, int n_args, char **args)

@@ -544,7 +544,7 @@ PS_TEST(oom_engine)
         .n_slots = 3,
         .slot_bytes = 512 << 10,
         .chunk_tok = 16};
-    ps_test_oom_sweep(open_run_close, &s);
+    ps_test_oom_long_sweep(open_run_close, &s);
 }
 
 PS_TEST(oom_split_engine)
@@ -556,7 +556,7 @@ PS_TEST(oom_split_engine)
         .n_slots = 3,
         .slot_bytes = 256 << 10,
         .chunk_tok = 16};
-    ps_test_oom_sweep(open_run_close, &s);
+    ps_test_oom_long_sweep(open_run_close, &s);
 }
 
 PS_TEST_MAIN

@@ -444,7 +444,7 @@ PS_TEST(oom_windows)
 {
     setup s = {.file = "llama.q4_k_m.gguf", .device = "emu", .kv_fmt = PS_FMT_F16, .chunk_tok = 40};
     set_windows(&s, 64, 1);
-    ps_test_oom_sweep(open_and_append, &s);
+    ps_test_oom_long_sweep(open_and_append, &s);
 }
 
 PS_TEST_MAIN

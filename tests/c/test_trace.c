@@ -451,7 +451,7 @@ static ps_status open_trace_close(void *ctx, ps_err *err)
 PS_TEST(oom_trace)
 {
     setup s = {.file = "llama.q4_k_m.gguf"};
-    ps_test_oom_sweep(open_trace_close, &s);
+    ps_test_oom_long_sweep(open_trace_close, &s);
 }
 
 PS_TEST_MAIN
