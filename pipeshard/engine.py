@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from . import _core, openai, sched_policies
+from ._devices import check_device, describe, free_budget, open_device
 from ._profile import Profile
 from ._progress import Bar
 from ._recorder import Recorder, TracedEngine
@@ -39,7 +38,7 @@ from .errors import (
 from .generate import Sampled, SamplingParams, Source, check_bool, check_int
 from .model import Model, check_path
 from .plan import Plan
-from .planner import MAX_CHUNK_TOK, N_GEN, N_PROMPT, Machine, Wishes, make_plan
+from .planner import MAX_CHUNK_TOK, N_GEN, N_PROMPT, Wishes, make_plan
 from .profiling import profile_for_engine
 from .sizes import parse_size
 from .tokenizer import Tokenizer
@@ -53,11 +52,8 @@ _SEQ = 0  # the sequence of generate and logits
 _DEFAULT_CTX = 4096
 _MAX_CTX = 1 << 27  # as the core has it
 _MAX_SEQ = 4096
-_GRAPH_RESERVE_BYTES = 32 << 20
 # Up to so many tokens run through other kernels than prompts do, with slightly other rounding, on every device.
 _FEW_TOK = 8
-_SPARE_BYTES = 256 << 20  # of VRAM, for everybody else: at least this or 5 %
-_SPARE_SHARE = 20
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -93,7 +89,7 @@ class Engine(TracedEngine):
         self._core: _core.Engine | None = (
             None  # first, so that an engine that never opened can be closed
         )
-        kind, emu = _check_device(device)
+        kind, emu = check_device(device)
         budget = None if vram is None else parse_size(vram, argument="vram")
         limits = (
             _check_limit("locked_limit", locked_limit),
@@ -131,10 +127,10 @@ class Engine(TracedEngine):
             budget = budget if budget is not None else given.budget_bytes
         self._device: _core.Device | None = None
         try:
-            self._device = _open_device(
+            self._device = open_device(
                 kind, emu, budget is not None, self._model._core, wishes.n_ctx, chunk_tok, n_threads
             )
-            self._budget = budget if budget is not None else _free_budget(self._device)
+            self._budget = budget if budget is not None else free_budget(self._device)
             self._given, self._wishes, self._limits = given, wishes, limits
             if known is None:
                 known = profile_for_engine(
@@ -148,7 +144,7 @@ class Engine(TracedEngine):
             raise
 
     def _make_plan(self, given: Plan | None, wishes: Wishes, held_bytes: int = 0) -> _core.Plan:
-        machine, free = _describe(self._open_device)
+        machine, free = describe(self._open_device)
         budget = self._budget if free is None else min(self._budget, free + held_bytes)
         if given is None:
             self._plan, core = make_plan(
@@ -693,14 +689,6 @@ def _busy() -> BusyError:
 # ---- arguments ----
 
 
-def _check_device(device: object) -> tuple[str, EmuDevice | None]:
-    if isinstance(device, EmuDevice):
-        return "emu", device
-    if not isinstance(device, str):
-        raise TypeError(f"device must be a name or an EmuDevice, not {type(device).__name__}")
-    return device, None
-
-
 def _check_limit(name: str, limit: int | str | None) -> int:
     """As the core has it: 0 is no limit."""
     return 0 if limit is None else max(1, parse_size(limit, argument=name))
@@ -750,74 +738,6 @@ def _to_ids(argument: str, tokens: Sequence[int] | npt.NDArray[np.integer[Any]])
             f"token {low if low < 0 else high} is in no vocabulary", argument=argument
         )
     return np.ascontiguousarray(array, np.int32)
-
-
-# ---- devices ----
-
-
-def _open_device(
-    kind: str,
-    emu: EmuDevice | None,
-    has_budget: bool,
-    model: _core.Model,
-    n_ctx: int,
-    chunk_tok: int,
-    threads: int,
-) -> _core.Device:
-    def open_one(name: str) -> _core.Device:
-        options: Json = {"threads": threads, "cpu_variant": _cpu_variant()}
-        if name == "emu":
-            described = emu or EmuDevice()
-            options |= {
-                "profile": described._rates(),
-                "vram_capacity": described.vram_capacity or 0,
-                "seed": described.seed,
-                "delays": described.delays,
-                "faults": described.faults,
-            }
-        return _core.Device(name, model, n_ctx, chunk_tok, **options)
-
-    if kind != "auto":
-        return open_one(kind)
-    fallback = "emu" if has_budget else "host"
-    available, why = _core.cuda_status()
-    if not available:
-        if Path("/proc/driver/nvidia/version").exists():
-            _warn_no_cuda(why, fallback)
-        return open_one(fallback)
-    try:
-        return open_one("cuda")
-    except DeviceError as error:
-        _warn_no_cuda(str(error), fallback)
-        return open_one(fallback)
-
-
-def _warn_no_cuda(why: str, fallback: str) -> None:
-    warnings.warn(
-        f"not using the GPU: {why}; using {fallback} instead", RuntimeWarning, stacklevel=4
-    )
-
-
-def _describe(device: _core.Device) -> tuple[Machine, int | None]:
-    """What a plan must know of a device, and the bytes that it has to give."""
-    if device.kind == "host":
-        return Machine(accelerator=False), None
-    reserve = _GRAPH_RESERVE_BYTES if device.kind == "cuda" else 0
-    machine = Machine(accelerator=True, sm=device.sm or 90, graph_reserve_bytes=reserve)
-    return machine, device.mem_info()[0]
-
-
-def _free_budget(device: _core.Device) -> int:
-    """Of what is free, after the baseline: a little is left to others, of a small device half of it at most."""
-    if device.kind == "host":
-        return 0
-    free = device.mem_info()[0]
-    return free - min(max(_SPARE_BYTES, free // _SPARE_SHARE), free // 2)
-
-
-def _cpu_variant() -> str | None:
-    """PIPESHARD_CPU_VARIANT: the CPU kernels to use instead of the best ones, for tests and comparisons."""
-    return os.environ.get("PIPESHARD_CPU_VARIANT") or None
 
 
 def _close_all() -> None:

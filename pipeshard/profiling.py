@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _core
+from ._devices import check_device, open_device
 from ._profile import Profile, Sample
 from ._progress import Bar
 from ._simulator import machine_profile
@@ -55,12 +56,10 @@ def profile(
     """How fast this machine is at what the model does: measured in a quarter of a minute at most, by its shapes alone,
     and kept. device: as in Engine; "auto" without a GPU is the CPU. threads: of the CPU. force: measures again what is
     known already."""
-    from .engine import _check_device, _open_device  # which imports this module
-
     opened = model if isinstance(model, Model) else Model(check_path("model", model))
-    kind, emu = _check_device(device)
+    kind, emu = check_device(device)
     n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
-    core = _open_device(kind, emu, False, opened._core, MAX_KV, MAX_TOK, n_threads)
+    core = open_device(kind, emu, False, opened._core, MAX_KV, MAX_TOK, n_threads)
     return stored_or_measured(
         opened, core, threads=n_threads or _core.default_threads(core.kind), emu=emu, force=force
     )
