@@ -27,6 +27,7 @@ from .common import (
     read_numbers,
     save_trace,
     table,
+    take_file,
 )
 
 __all__ = ["add_parser"]
@@ -84,10 +85,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.file is not None:
-        if options.model is not None:
-            raise RequestError("the model is given twice", argument="MODEL")
-        options.model = options.file
+    take_file(options)
     check_int("repeats", options.repeats, 1)
     check_int("depth", options.depth, 0)
     tests = [("pp", n) for n in read_numbers("prompt", options.prompt) if n]

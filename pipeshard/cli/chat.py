@@ -13,7 +13,15 @@ from typing import Any
 
 from ..engine import Engine
 from ..errors import RequestError
-from .common import add_engine_options, add_sampling_options, note, open_engine, sampling, summary
+from .common import (
+    add_engine_options,
+    add_sampling_options,
+    note,
+    open_engine,
+    sampling,
+    summary,
+    take_file,
+)
 
 __all__ = ["add_parser"]
 
@@ -53,10 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.file is not None:
-        if options.model is not None:
-            raise RequestError("the model is given twice", argument="MODEL")
-        options.model = options.file
+    take_file(options)
     with open_engine(options) as engine:
         chat = Chat(engine, options)
         if sys.stdin.isatty():

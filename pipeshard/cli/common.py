@@ -27,6 +27,7 @@ __all__ = [
     "open_model",
     "plan_lines",
     "save_trace",
+    "take_file",
 ]
 
 # Less than the demo model's 241 MiB: part of it stays on the CPU, which is what this program is about.
@@ -127,6 +128,15 @@ def open_model(path: str | None) -> Model:
     found = demo_model_path()
     note(f"model: {found.name}; {NOTICE}")
     return Model(found)
+
+
+def take_file(options: argparse.Namespace) -> None:
+    """A file given by place means the same as --model."""
+    if options.file is None:
+        return
+    if options.model is not None:
+        raise RequestError("the model is given twice", argument="MODEL")
+    options.model = options.file
 
 
 def open_engine(options: argparse.Namespace) -> Engine:
