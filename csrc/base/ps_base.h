@@ -64,6 +64,13 @@ ps_status ps_fail_field(ps_err *err, ps_status status, const char *field, const 
 ps_status ps_fail_unsupported(ps_err *err, const char *what, const char *supported, const char *fmt,
     ...) __attribute__((format(printf, 4, 5)));
 
+/* Hands a failure on to the caller, where nothing is left to undo. */
+#define PS_TRY(call)                                                                               \
+    do {                                                                                           \
+        ps_status try_status = (call);                                                             \
+        if (try_status != PS_OK) return try_status;                                                \
+    } while (0)
+
 /* Our own bugs only: never file content, user input, memory or device failures. Evaluates to a
  * PS_EINTERNAL return; it does not abort, because the core lives inside somebody's Python process.
  */

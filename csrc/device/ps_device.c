@@ -243,39 +243,47 @@ void ps_device_free(ps_device *d, ps_dptr p)
     d->v->free(d, p);
 }
 
-ps_status ps_device_locked_alloc(ps_device *d, uint64_t n_bytes, void **out, ps_err *err)
+/* What new page-locked memory needs before any device is asked, however it comes to be. */
+static ps_status begin_locking(ps_device_base *b, ps_err *err)
 {
-    ps_device_base *b = ps_base_of(d);
-    *out = NULL;
-    ps_check_bug(n_bytes > 0, err);
     ps_status status = check_alive(b, err);
     if (status == PS_OK) status = check_not_capturing(b, err);
     if (status == PS_OK) status = take_fault(b, PS_FAULT_LOCKED_ALLOC, err);
     if (status == PS_OK && !ps_ranges_reserve(&b->locked))
         status = ps_fail(err, PS_ENOMEM, "no memory for the list of page-locked ranges");
+    return status;
+}
+
+/* False where p is not the beginning of a range that came to be in this way. */
+static bool begin_unlocking(ps_device_base *b, void *p, uint64_t how)
+{
+    const ps_range *range = p != NULL ? ps_ranges_find(&b->locked, (uintptr_t)p, 1) : NULL;
+    if (range == NULL || range->base != (uintptr_t)p || range->note != how) return false;
+    forbid_in_capture(b);
+    ps_hub_forget_flags(&b->hub, p, range->n_bytes);
+    return true;
+}
+
+ps_status ps_device_locked_alloc(ps_device *d, uint64_t n_bytes, void **out, ps_err *err)
+{
+    ps_device_base *b = ps_base_of(d);
+    *out = NULL;
+    ps_check_bug(n_bytes > 0, err);
+    ps_status status = begin_locking(b, err);
     if (status == PS_OK) status = d->v->locked_alloc(d, n_bytes, out, err);
     return note(b, NULL, status, err);
 }
 
 void ps_device_locked_free(ps_device *d, void *p)
 {
-    ps_device_base *b = ps_base_of(d);
-    const ps_range *range = p != NULL ? ps_ranges_find(&b->locked, (uintptr_t)p, 1) : NULL;
-    if (range == NULL || range->base != (uintptr_t)p || range->note != PS_LOCKED_ALLOC) return;
-    forbid_in_capture(b);
-    ps_hub_forget_flags(&b->hub, p, range->n_bytes);
-    d->v->locked_free(d, p);
+    if (begin_unlocking(ps_base_of(d), p, PS_LOCKED_ALLOC)) d->v->locked_free(d, p);
 }
 
 ps_status ps_device_lock(ps_device *d, void *p, uint64_t n_bytes, ps_err *err)
 {
     ps_device_base *b = ps_base_of(d);
     ps_check_bug(p != NULL && n_bytes > 0, err);
-    ps_status status = check_alive(b, err);
-    if (status == PS_OK) status = check_not_capturing(b, err);
-    if (status == PS_OK) status = take_fault(b, PS_FAULT_LOCKED_ALLOC, err);
-    if (status == PS_OK && !ps_ranges_reserve(&b->locked))
-        status = ps_fail(err, PS_ENOMEM, "no memory for the list of page-locked ranges");
+    ps_status status = begin_locking(b, err);
     if (status == PS_OK && ps_ranges_overlaps(&b->locked, (uintptr_t)p, n_bytes))
         status = ps_fail(err, PS_EINTERNAL, "a part of %llu bytes at %p is page-locked already",
             (unsigned long long)n_bytes, p);
@@ -285,12 +293,7 @@ ps_status ps_device_lock(ps_device *d, void *p, uint64_t n_bytes, ps_err *err)
 
 void ps_device_unlock(ps_device *d, void *p)
 {
-    ps_device_base *b = ps_base_of(d);
-    const ps_range *range = p != NULL ? ps_ranges_find(&b->locked, (uintptr_t)p, 1) : NULL;
-    if (range == NULL || range->base != (uintptr_t)p || range->note != PS_LOCKED_REGISTERED) return;
-    forbid_in_capture(b);
-    ps_hub_forget_flags(&b->hub, p, range->n_bytes);
-    d->v->unlock(d, p);
+    if (begin_unlocking(ps_base_of(d), p, PS_LOCKED_REGISTERED)) d->v->unlock(d, p);
 }
 
 ps_status ps_device_locked_dptr(ps_device *d, const void *locked, ps_dptr *out, ps_err *err)

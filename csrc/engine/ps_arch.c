@@ -142,12 +142,6 @@ static ps_status read_f32(reader *r, const char *key, bool optional, float lo, f
     return PS_OK;
 }
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 enum {
     MAX_LAYERS = 4096,
     MAX_WIDTH = 1 << 20, /* hidden sizes, heads, neurons: products of three fit 64 bits with room */
@@ -179,16 +173,16 @@ static ps_status read_sections(reader *r, ps_hparams *hp)
 
 static ps_status read_heads(reader *r, ps_hparams *hp)
 {
-    TRY(read_u32(r, "attention.head_count", false, 1, 4096, &hp->n_head));
+    PS_TRY(read_u32(r, "attention.head_count", false, 1, 4096, &hp->n_head));
     hp->n_kv_head = hp->n_head;
-    TRY(read_u32(r, "attention.head_count_kv", true, 1, 4096, &hp->n_kv_head));
+    PS_TRY(read_u32(r, "attention.head_count_kv", true, 1, 4096, &hp->n_kv_head));
     if (hp->n_head % hp->n_kv_head != 0)
         return ps_gguf_fail_key(r->gguf, r->key, r->err,
             "%u query heads are not a multiple of %u KV heads", hp->n_head, hp->n_kv_head);
     hp->head_dim = hp->n_embd / hp->n_head;
     uint32_t value_dim = 0;
-    TRY(read_u32(r, "attention.key_length", true, 1, PS_MAX_HEAD_DIM, &hp->head_dim));
-    TRY(read_u32(r, "attention.value_length", true, 1, PS_MAX_HEAD_DIM, &value_dim));
+    PS_TRY(read_u32(r, "attention.key_length", true, 1, PS_MAX_HEAD_DIM, &hp->head_dim));
+    PS_TRY(read_u32(r, "attention.value_length", true, 1, PS_MAX_HEAD_DIM, &value_dim));
     if (value_dim != 0 && value_dim != hp->head_dim)
         return ps_fail_unsupported(r->err, r->key, "keys and values of the same size",
             "keys of %u and values of %u dimensions", hp->head_dim, value_dim);
@@ -196,15 +190,15 @@ static ps_status read_heads(reader *r, ps_hparams *hp)
         return ps_fail_unsupported(r->err, "head size", "multiples of 16 up to 256",
             "heads of %u dimensions", hp->head_dim);
     hp->n_rot = hp->head_dim;
-    TRY(read_u32(r, "rope.dimension_count", true, 2, hp->head_dim, &hp->n_rot));
+    PS_TRY(read_u32(r, "rope.dimension_count", true, 2, hp->head_dim, &hp->n_rot));
     if (hp->n_rot % 2 != 0) return ps_gguf_fail_key(r->gguf, r->key, r->err, "%s is odd", r->key);
-    if (hp->rope == PS_ROPE_MROPE) TRY(read_sections(r, hp));
+    if (hp->rope == PS_ROPE_MROPE) PS_TRY(read_sections(r, hp));
     return PS_OK;
 }
 
 static ps_status read_experts(reader *r, const ps_arch *arch, ps_hparams *hp)
 {
-    TRY(read_u32(r, "expert_count", !arch->always_experts, 0, MAX_EXPERTS, &hp->n_expert));
+    PS_TRY(read_u32(r, "expert_count", !arch->always_experts, 0, MAX_EXPERTS, &hp->n_expert));
     if (hp->n_expert == 0) {
         if (arch->always_experts)
             return ps_gguf_fail_key(r->gguf, r->key, r->err,
@@ -212,9 +206,9 @@ static ps_status read_experts(reader *r, const ps_arch *arch, ps_hparams *hp)
         return PS_OK;
     }
     uint32_t most = hp->n_expert < PS_MAX_EXPERTS_USED ? hp->n_expert : PS_MAX_EXPERTS_USED;
-    TRY(read_u32(r, "expert_used_count", false, 1, most, &hp->n_expert_used));
+    PS_TRY(read_u32(r, "expert_used_count", false, 1, most, &hp->n_expert_used));
     hp->n_ff_expert = hp->n_ff;
-    TRY(read_u32(r, "expert_feed_forward_length", true, 1, MAX_WIDTH, &hp->n_ff_expert));
+    PS_TRY(read_u32(r, "expert_feed_forward_length", true, 1, MAX_WIDTH, &hp->n_ff_expert));
     hp->renorm_experts = 1;
     return PS_OK;
 }
@@ -224,13 +218,13 @@ ps_status ps_arch_hparams(const ps_gguf *gguf, const ps_arch *arch, ps_hparams *
     reader r = {.gguf = gguf, .arch = arch->name, .err = err};
     *hp = (ps_hparams){
         .rope = arch->rope, .norm = arch->norm, .act = arch->act, .n_rope = 1, .embed_scale = 1.0f};
-    TRY(read_u32(&r, "block_count", false, 1, MAX_LAYERS, &hp->n_layer));
-    TRY(read_u32(&r, "embedding_length", false, 1, MAX_WIDTH, &hp->n_embd));
-    TRY(read_u32(&r, "context_length", false, 1, MAX_CTX, &hp->n_ctx_train));
-    TRY(read_u32(&r, "feed_forward_length", arch->always_experts, 0, MAX_WIDTH, &hp->n_ff));
-    TRY(read_heads(&r, hp));
-    TRY(read_experts(&r, arch, hp));
-    TRY(read_f32(&r,
+    PS_TRY(read_u32(&r, "block_count", false, 1, MAX_LAYERS, &hp->n_layer));
+    PS_TRY(read_u32(&r, "embedding_length", false, 1, MAX_WIDTH, &hp->n_embd));
+    PS_TRY(read_u32(&r, "context_length", false, 1, MAX_CTX, &hp->n_ctx_train));
+    PS_TRY(read_u32(&r, "feed_forward_length", arch->always_experts, 0, MAX_WIDTH, &hp->n_ff));
+    PS_TRY(read_heads(&r, hp));
+    PS_TRY(read_experts(&r, arch, hp));
+    PS_TRY(read_f32(&r,
         arch->norm == PS_NORM_RMS ? "attention.layer_norm_rms_epsilon"
                                   : "attention.layer_norm_epsilon",
         false, 0.0f, 1.0f, &hp->eps));
@@ -241,11 +235,11 @@ ps_status ps_arch_hparams(const ps_gguf *gguf, const ps_arch *arch, ps_hparams *
     hp->fused_gate_up = arch->fused;
     if (arch->scaled_embed) hp->embed_scale = sqrtf((float)hp->n_embd);
     hp->attn_scale = 1.0f / sqrtf((float)hp->head_dim);
-    TRY(read_f32(&r, "attention.scale", true, 0.0f, 1e6f, &hp->attn_scale));
+    PS_TRY(read_f32(&r, "attention.scale", true, 0.0f, 1e6f, &hp->attn_scale));
     if (hp->attn_scale == 0.0f)
         hp->attn_scale = 1.0f / sqrtf((float)hp->head_dim); /* 0 means "not set" in some files */
-    TRY(read_f32(&r, "attn_logit_softcapping", true, 0.0f, 1e6f, &hp->attn_softcap));
-    TRY(read_f32(&r, "final_logit_softcapping", true, 0.0f, 1e6f, &hp->logit_softcap));
+    PS_TRY(read_f32(&r, "attn_logit_softcapping", true, 0.0f, 1e6f, &hp->attn_softcap));
+    PS_TRY(read_f32(&r, "final_logit_softcapping", true, 0.0f, 1e6f, &hp->logit_softcap));
     return PS_OK;
 }
 
@@ -255,10 +249,10 @@ ps_status ps_arch_layers(
     reader r = {.gguf = gguf, .arch = arch->name, .err = err};
     uint32_t window = 0;
     if (arch->window_period > 0)
-        TRY(read_u32(&r, "attention.sliding_window", true, 0, MAX_CTX, &window));
+        PS_TRY(read_u32(&r, "attention.sliding_window", true, 0, MAX_CTX, &window));
     uint32_t period = arch->window_period;
     if (period > 1)
-        TRY(read_u32(&r, "attention.sliding_window_pattern", true, 1, MAX_LAYERS, &period));
+        PS_TRY(read_u32(&r, "attention.sliding_window_pattern", true, 1, MAX_LAYERS, &period));
     bool two_tables = arch->window_rope_base > 0.0f && window > 0;
     if (two_tables) hp->n_rope = 2;
     for (uint32_t i = 0; i < hp->n_layer; i++) {
@@ -323,16 +317,16 @@ ps_status ps_arch_rope(const ps_gguf *gguf, const ps_arch *arch, const ps_hparam
     reader r = {.gguf = gguf, .arch = arch->name, .err = err};
     float base = 10000.0f, factor = 1.0f, attn_factor = 1.0f;
     uint32_t n_orig = hp->n_ctx_train;
-    TRY(read_f32(&r, "rope.freq_base", true, 1.0f, 1e15f, &base));
-    TRY(read_f32(&r, "rope.scaling.factor", true, 0.0f, 1e6f, &factor));
-    TRY(read_f32(&r, "rope.scaling.attn_factor", true, 0.0f, 1e6f, &attn_factor));
-    TRY(read_u32(&r, "rope.scaling.original_context_length", true, 1, MAX_CTX, &n_orig));
+    PS_TRY(read_f32(&r, "rope.freq_base", true, 1.0f, 1e15f, &base));
+    PS_TRY(read_f32(&r, "rope.scaling.factor", true, 0.0f, 1e6f, &factor));
+    PS_TRY(read_f32(&r, "rope.scaling.attn_factor", true, 0.0f, 1e6f, &attn_factor));
+    PS_TRY(read_u32(&r, "rope.scaling.original_context_length", true, 1, MAX_CTX, &n_orig));
     *mag = 1.0f;
     if (factor == 0.0f) factor = 1.0f;
 
     if (i_rope == 1) { /* windowed layers: their own base, never scaled */
         base = arch->window_rope_base;
-        TRY(read_f32(&r, "rope.freq_base_swa", true, 1.0f, 1e15f, &base));
+        PS_TRY(read_f32(&r, "rope.freq_base_swa", true, 1.0f, 1e15f, &base));
         for (uint32_t i = 0; i < hp->n_rot / 2; i++)
             freq[i] = (float)pow((double)base, -2.0 * i / hp->n_rot);
         return PS_OK;
@@ -340,8 +334,8 @@ ps_status ps_arch_rope(const ps_gguf *gguf, const ps_arch *arch, const ps_hparam
     const ps_gguf_kv *kind = find(&r, "rope.scaling.type");
     if (is_string(kind, "yarn")) {
         float beta_fast = 32.0f, beta_slow = 1.0f;
-        TRY(read_f32(&r, "rope.scaling.yarn_beta_fast", true, 0.001f, 1e6f, &beta_fast));
-        TRY(read_f32(&r, "rope.scaling.yarn_beta_slow", true, 0.001f, 1e6f, &beta_slow));
+        PS_TRY(read_f32(&r, "rope.scaling.yarn_beta_fast", true, 0.001f, 1e6f, &beta_fast));
+        PS_TRY(read_f32(&r, "rope.scaling.yarn_beta_slow", true, 0.001f, 1e6f, &beta_slow));
         yarn(base, hp->n_rot, factor, (float)n_orig, beta_fast, beta_slow, freq);
         *mag = attn_factor * (1.0f + 0.1f * logf(factor));
     } else {
@@ -353,9 +347,9 @@ ps_status ps_arch_rope(const ps_gguf *gguf, const ps_arch *arch, const ps_hparam
             freq[i] = (float)pow((double)base, -2.0 * i / hp->n_rot) / (linear ? factor : 1.0f);
     }
     bool found = false;
-    TRY(apply_factors(gguf, "rope_freqs.weight", hp->n_rot / 2, freq, &found, err));
+    PS_TRY(apply_factors(gguf, "rope_freqs.weight", hp->n_rot / 2, freq, &found, err));
     /* Phi-3: one set of factors for contexts it was first trained on, one for longer ones. */
-    TRY(apply_factors(gguf,
+    PS_TRY(apply_factors(gguf,
         n_ctx > n_orig ? "rope_factors_long.weight" : "rope_factors_short.weight", hp->n_rot / 2,
         freq, &found, err));
     if (found) *mag = attn_factor;

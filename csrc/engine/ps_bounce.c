@@ -5,12 +5,6 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 enum {
     PAGE_BYTES = 4096,
     SLACK_BYTES = 2 * PAGE_BYTES, /* of a slot: what a file is read in begins and ends on pages */
@@ -64,7 +58,7 @@ static ps_status take_memory(ps_bounce *b, uint64_t room_bytes, ps_err *err)
 {
     choose_sizes(b, room_bytes);
     b->locked_bytes = ring_bytes(b->n_slots, b->payload_bytes);
-    TRY(ps_device_locked_alloc(b->device, b->locked_bytes, &b->locked, err));
+    PS_TRY(ps_device_locked_alloc(b->device, b->locked_bytes, &b->locked, err));
     uintptr_t at = ((uintptr_t)b->locked + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     for (uint32_t i = 0; i < b->n_slots; i++) {
         b->slots[i].bytes = (unsigned char *)at;
@@ -169,11 +163,11 @@ static ps_status bounce_piece(ps_bounce *b, ps_stream *s, ps_dptr dst, fill *f, 
     uint32_t before = k->n_uses++;
     b->next = (b->next + 1) % b->n_slots;
     f->dst = k->bytes;
-    TRY(ps_device_flag_wait(d, b->stream, k->free, before, err));
-    TRY(ps_device_run(d, b->stream, run_fill, f, sizeof *f, &cost, err));
-    TRY(ps_device_flag_set(d, b->stream, k->full, k->n_uses, err));
-    TRY(ps_device_flag_wait(d, s, k->full, k->n_uses, err));
-    TRY(ps_device_copy_in(d, s, dst, k->bytes, f->n_bytes, err));
+    PS_TRY(ps_device_flag_wait(d, b->stream, k->free, before, err));
+    PS_TRY(ps_device_run(d, b->stream, run_fill, f, sizeof *f, &cost, err));
+    PS_TRY(ps_device_flag_set(d, b->stream, k->full, k->n_uses, err));
+    PS_TRY(ps_device_flag_wait(d, s, k->full, k->n_uses, err));
+    PS_TRY(ps_device_copy_in(d, s, dst, k->bytes, f->n_bytes, err));
     return ps_device_flag_set(d, s, k->free, k->n_uses, err);
 }
 
@@ -183,7 +177,7 @@ ps_status ps_bounce_copy(ps_bounce *b, ps_stream *s, ps_dptr dst, uint32_t unit,
     for (uint64_t done = 0, n; done < n_bytes; done += n) {
         n = ps_min_u64(b->payload_bytes, n_bytes - done);
         fill f = {.bounce = b, .unit = unit, .from = from + done, .n_bytes = n};
-        TRY(bounce_piece(b, s, ps_dptr_add(dst, done), &f, err));
+        PS_TRY(bounce_piece(b, s, ps_dptr_add(dst, done), &f, err));
     }
     return PS_OK;
 }

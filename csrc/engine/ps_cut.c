@@ -5,12 +5,6 @@
 #include <stdio.h>
 #include <string.h>
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 /* ---- boundaries ---- */
 
 /* Rows [0, vram) are resident, [vram, gpu) streamed, the others the CPU's. */
@@ -81,7 +75,7 @@ static ps_status settle_unit(ps_plan *p, uint32_t unit, bool *cut, ps_err *err)
     bool split = false;
     *cut = false;
     for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
-        TRY(check_split(p, t, unit, err));
+        PS_TRY(check_split(p, t, unit, err));
         split = split || ps_plan_place(p, t, unit).kind == PS_PLACE_SPLIT;
     }
     if (!split) return PS_OK;
@@ -250,7 +244,7 @@ static ps_status add_part(cutter *c, uint32_t unit, uint32_t first_row, uint32_t
     } else {
         take(&s, PS_W_HEAD, PS_W_HEAD, first_row, n_rows);
     }
-    for (uint32_t i = 0; i < s.n; i++) TRY(add_slice(c, &s.at[i]));
+    for (uint32_t i = 0; i < s.n; i++) PS_TRY(add_slice(c, &s.at[i]));
     return PS_OK;
 }
 
@@ -288,8 +282,8 @@ static ps_status cut_units(cutter *c, const bool *cut)
     for (uint32_t u = 0; u < p->model->n_units; u++) {
         if (!cut[u]) continue;
         uint32_t cuts[MAX_CUTS], n = find_cuts(p, u, cuts);
-        TRY(add_part(c, u, 0, 0));
-        for (uint32_t i = 0; i + 1 < n; i++) TRY(add_part(c, u, cuts[i], cuts[i + 1] - cuts[i]));
+        PS_TRY(add_part(c, u, 0, 0));
+        for (uint32_t i = 0; i + 1 < n; i++) PS_TRY(add_part(c, u, cuts[i], cuts[i + 1] - cuts[i]));
     }
     return PS_OK;
 }

@@ -51,7 +51,7 @@ static ps_status grow_events(ps_exec *x, uint32_t n, ps_err *err)
     if (events == NULL) return ps_fail(err, PS_ENOMEM, "no host memory for %u events", n);
     x->events = events;
     while (x->n_events < n) {
-        TRY(ps_event_create(x->device, &x->events[x->n_events], err));
+        PS_TRY(ps_event_create(x->device, &x->events[x->n_events], err));
         x->n_events++;
     }
     return PS_OK;
@@ -62,7 +62,7 @@ static ps_status grow_flags(ps_exec *x, uint32_t n, ps_err *err)
     if (n <= x->n_flags) return PS_OK;
     void *flags = NULL;
     uint32_t cap = n * 2;
-    TRY(ps_exec_locked(x, (uint64_t)cap * FLAG_STRIDE, &flags, err));
+    PS_TRY(ps_exec_locked(x, (uint64_t)cap * FLAG_STRIDE, &flags, err));
     if (x->flags != NULL) x->stats.locked_bytes -= (uint64_t)x->n_flags * FLAG_STRIDE;
     ps_exec_free_locked(x, x->flags);
     x->flags = flags;
@@ -91,7 +91,7 @@ static ps_status get_bound(ps_exec *x, const ps_pass_shape *shape, ps_bound **ou
             return PS_OK;
         }
     ps_ticks *ticks = NULL;
-    TRY(ps_lower(x->plan, shape, &ticks, err));
+    PS_TRY(ps_lower(x->plan, shape, &ticks, err));
     ps_status status = x->options.check ? ps_ticks_check(ticks, err) : PS_OK;
     if (status == PS_OK) status = grow_events(x, ticks->n_events, err);
     if (status == PS_OK) status = grow_flags(x, ticks->n_flags, err);
@@ -100,7 +100,7 @@ static ps_status get_bound(ps_exec *x, const ps_pass_shape *shape, ps_bound **ou
         return status;
     }
     ps_bound *b = NULL;
-    TRY(ps_bind(&x->bases, ticks, &b, err));
+    PS_TRY(ps_bind(&x->bases, ticks, &b, err));
     if (x->n_bound == CAP_BOUND) evict(x);
     x->bound[x->n_bound++] = b;
     *out = b;
@@ -171,9 +171,9 @@ static ps_status activate_tables(ps_exec *x, const ps_bound *b, ps_err *err)
         if (changed) {
             x->tables_of = NULL;
             x->tables_torn = true;
-            TRY(ps_device_copy_in(x->device, x->stream[PS_STREAM_H2D],
+            PS_TRY(ps_device_copy_in(x->device, x->stream[PS_STREAM_H2D],
                 ps_dptr_add(x->bases.space[PS_SPACE_DEV_CONST], at), dev, n_bytes, err));
-            TRY(ps_device_sync(x->device, x->stream[PS_STREAM_H2D], err));
+            PS_TRY(ps_device_sync(x->device, x->stream[PS_STREAM_H2D], err));
             x->tables_torn = false;
         }
     }
@@ -224,9 +224,9 @@ static ps_status enqueue_part(ps_exec *x, const ps_bound *b, part which, ps_err 
         if ((which == PART_CPU && !cpu) || (which == PART_ACCELERATOR && cpu)) continue;
         ps_stream *s = x->stream[tick[i].stream];
         bool in_graph = which == PART_ACCELERATOR;
-        if (x->marking) TRY(ps_trace_enter(x->trace, s, b->ticks, i, in_graph, err));
-        TRY(enqueue(x, b, i, err));
-        if (x->marking) TRY(ps_trace_leave(x->trace, s, b->ticks, i, err));
+        if (x->marking) PS_TRY(ps_trace_enter(x->trace, s, b->ticks, i, in_graph, err));
+        PS_TRY(enqueue(x, b, i, err));
+        if (x->marking) PS_TRY(ps_trace_leave(x->trace, s, b->ticks, i, err));
         if (i % POLL_EVERY_TICKS == 0 && !poll_now(x))
             return ps_fail(err, PS_ECANCELLED, "the pass was interrupted");
     }
@@ -241,7 +241,7 @@ static ps_status record_graph(ps_exec *x, ps_bound *b, ps_err *err)
     ps_stream *main_stream = x->stream[PS_STREAM_COMPUTE];
     static const ps_stream_role copies[] = {PS_STREAM_H2D, PS_STREAM_D2H};
     ps_graph *graph = NULL;
-    TRY(ps_graph_begin(d, main_stream, err));
+    PS_TRY(ps_graph_begin(d, main_stream, err));
     ps_status status = ps_device_record(d, main_stream, x->fork, err);
     for (int i = 0; i < 2 && status == PS_OK; i++)
         if (b->n_ticks_on[copies[i]] > 0)
@@ -294,7 +294,7 @@ static ps_status enqueue_pass(ps_exec *x, ps_bound *b, ps_err *err)
     x->stats.n_graph_launches++;
     /* The graph first: the CPU's part may be longer than its queue, and then pushing waits for work
      * that the graph feeds. */
-    TRY(ps_graph_launch(x->device, x->stream[PS_STREAM_COMPUTE], graph, err));
+    PS_TRY(ps_graph_launch(x->device, x->stream[PS_STREAM_COMPUTE], graph, err));
     return enqueue_part(x, b, PART_CPU, err);
 }
 
@@ -359,9 +359,9 @@ static ps_status prepare(ps_exec *x, ps_bound *b, ps_err *err)
 {
     bool again = b->ticks->shape.n_tok <= GRAPH_MAX_TOK;
     x->marking = x->recording && !(again && b->n_runs % CONTROL_EVERY == CONTROL_EVERY - 1);
-    TRY(activate_tables(x, b, err));
-    if (x->recording) TRY(ps_trace_tie(x->trace, err));
-    if (x->marking) TRY(ps_trace_prepare(x->trace, b->ticks, err));
+    PS_TRY(activate_tables(x, b, err));
+    if (x->recording) PS_TRY(ps_trace_tie(x->trace, err));
+    if (x->marking) PS_TRY(ps_trace_prepare(x->trace, b->ticks, err));
     if (wants_graph(x, b)) try_graph(x, b);
     return PS_OK;
 }
@@ -439,7 +439,7 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
 
 ps_status ps_exec_trace_start(ps_exec *x, uint64_t cap_bytes, ps_err *err)
 {
-    if (x->trace == NULL) TRY(ps_trace_create(x->device, cap_bytes, &x->trace, err));
+    if (x->trace == NULL) PS_TRY(ps_trace_create(x->device, cap_bytes, &x->trace, err));
     x->recording = true;
     return PS_OK;
 }

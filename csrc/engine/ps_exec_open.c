@@ -43,9 +43,9 @@ static const char *const RAM_ADVICE =
 ps_status ps_exec_locked(ps_exec *x, uint64_t n_bytes, void **out, ps_err *err)
 {
     if (n_bytes == 0) return PS_OK;
-    TRY(check_limit("locked_limit", "page-locked", LOCKED_ADVICE, x->stats.locked_bytes + n_bytes,
-        limit_or_none(x->options.locked_limit), err));
-    TRY(ps_device_locked_alloc(x->device, n_bytes, out, err));
+    PS_TRY(check_limit("locked_limit", "page-locked", LOCKED_ADVICE,
+        x->stats.locked_bytes + n_bytes, limit_or_none(x->options.locked_limit), err));
+    PS_TRY(ps_device_locked_alloc(x->device, n_bytes, out, err));
     memset(*out, 0, n_bytes);
     x->stats.locked_bytes += n_bytes;
     return PS_OK;
@@ -67,12 +67,12 @@ static ps_status take_spaces(ps_exec *x, ps_err *err)
     const ps_plan *p = x->plan;
     if (!p->spec.accelerator) return PS_OK;
     uint64_t carved = p->needed_bytes - p->bytes_by_kind[PS_MEM_GRAPH];
-    TRY(ps_arena_init(&x->arena, x->device, carved, p->spec.budget_bytes, err));
+    PS_TRY(ps_arena_init(&x->arena, x->device, carved, p->spec.budget_bytes, err));
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         uint64_t n_bytes =
             ps_div_up_u64(p->space_bytes[rows[i].space], PS_ARENA_ALIGN) * PS_ARENA_ALIGN;
         if (n_bytes == 0) continue;
-        TRY(ps_arena_take(&x->arena, rows[i].kind, p->dev_base[rows[i].space], n_bytes,
+        PS_TRY(ps_arena_take(&x->arena, rows[i].kind, p->dev_base[rows[i].space], n_bytes,
             &x->bases.space[rows[i].space], err));
     }
     return PS_OK;
@@ -81,9 +81,9 @@ static ps_status take_spaces(ps_exec *x, ps_err *err)
 static ps_status take_host(ps_exec *x, ps_err *err)
 {
     const ps_plan *p = x->plan;
-    TRY(ps_exec_locked(x, p->space_bytes[PS_SPACE_HOST_ACT], &x->host_act, err));
-    TRY(ps_exec_locked(x, p->space_bytes[PS_SPACE_HOST_BATCH], &x->host_batch, err));
-    TRY(ps_exec_locked(x, p->space_bytes[PS_SPACE_DEV_CONST], &x->const_staging, err));
+    PS_TRY(ps_exec_locked(x, p->space_bytes[PS_SPACE_HOST_ACT], &x->host_act, err));
+    PS_TRY(ps_exec_locked(x, p->space_bytes[PS_SPACE_HOST_BATCH], &x->host_batch, err));
+    PS_TRY(ps_exec_locked(x, p->space_bytes[PS_SPACE_DEV_CONST], &x->const_staging, err));
     x->host_kv_bytes = p->space_bytes[PS_SPACE_HOST_KV];
     if (x->host_kv_bytes > 0) x->host_kv = ps_alloc(x->host_kv_bytes, 1);
     x->host_const = ps_alloc(p->space_bytes[PS_SPACE_HOST_CONST] + 1, 1);
@@ -92,16 +92,16 @@ static ps_status take_host(ps_exec *x, ps_err *err)
             (double)x->host_kv_bytes / (1 << 20));
     x->bases.space[PS_SPACE_HOST_ACT] = host_dptr(x->host_act);
     if (p->space_bytes[PS_SPACE_HOST_ACT_DEV] > 0)
-        TRY(ps_device_locked_dptr(
+        PS_TRY(ps_device_locked_dptr(
             x->device, x->host_act, &x->bases.space[PS_SPACE_HOST_ACT_DEV], err));
     x->bases.space[PS_SPACE_HOST_BATCH] = host_dptr(x->host_batch);
     x->bases.space[PS_SPACE_HOST_CONST] = host_dptr(x->host_const);
     x->bases.space[PS_SPACE_HOST_KV] = host_dptr(x->host_kv);
     if (p->kv_backed) {
-        TRY(ps_device_lock(x->device, x->host_kv, x->host_kv_bytes, err));
+        PS_TRY(ps_device_lock(x->device, x->host_kv, x->host_kv_bytes, err));
         x->host_kv_locked = true;
         x->stats.locked_bytes += x->host_kv_bytes;
-        TRY(ps_device_locked_dptr(
+        PS_TRY(ps_device_locked_dptr(
             x->device, x->host_kv, &x->bases.space[PS_SPACE_HOST_KV_DEV], err));
     }
     return ps_exec_reserve_logits(x, p->spec.logit_rows, err);
@@ -112,7 +112,7 @@ ps_status ps_exec_reserve_logits(ps_exec *x, uint32_t n_rows, ps_err *err)
     if (n_rows <= x->out_rows) return PS_OK;
     void *out = NULL;
     uint64_t row = (uint64_t)x->model->hp.n_vocab * sizeof(float);
-    TRY(ps_exec_locked(x, n_rows * row, &out, err));
+    PS_TRY(ps_exec_locked(x, n_rows * row, &out, err));
     if (x->out != NULL) {
         ps_device_locked_free(x->device, x->out);
         x->stats.locked_bytes -= x->out_rows * row;
@@ -167,13 +167,13 @@ static ps_status choose_images(ps_exec *x, uint64_t *bounce_bytes, ps_err *err)
     uint64_t ram_room = room_below(ram_limit, fixed), missing = 0;
     uint64_t locked_room =
         room_below(limit_or_none(x->options.locked_limit), fixed_locked_bytes(x));
-    TRY(ps_host_weights_init(w, x->model, x->plan, x->device, ram_room, &missing, err));
+    PS_TRY(ps_host_weights_init(w, x->model, x->plan, x->device, ram_room, &missing, err));
     *bounce_bytes = 0;
     if (ps_host_weights_needs_bounce(w, locked_room)) {
         uint64_t extra = bounce_extra(locked_room, ram_room), room = room_below(ram_room, extra);
         if (w->image_bytes > room) { /* a good ring is worth a few more units on disk */
             ps_host_weights_fini(w);
-            TRY(ps_host_weights_init(w, x->model, x->plan, x->device, room, &missing, err));
+            PS_TRY(ps_host_weights_init(w, x->model, x->plan, x->device, room, &missing, err));
             if (missing > 0) extra = room_below(ram_room, w->image_bytes);
         }
         *bounce_bytes = PS_BOUNCE_MIN_BYTES + extra;
@@ -209,8 +209,8 @@ static ps_status lock_images(ps_exec *x, uint64_t bounce_bytes, ps_err *err)
     ps_host_weights *w = &x->weights;
     uint64_t reserved = FLAGS_BYTES + ps_max_u64(bounce_bytes, PS_BOUNCE_MIN_BYTES);
     uint64_t room = room_below(limit_or_none(o->locked_limit), x->stats.locked_bytes + reserved);
-    if (bounce_bytes > 0) TRY(make_bounce(x, bounce_bytes, err));
-    TRY(ps_host_weights_lock(w, room, err));
+    if (bounce_bytes > 0) PS_TRY(make_bounce(x, bounce_bytes, err));
+    PS_TRY(ps_host_weights_lock(w, room, err));
     if (x->bounce != NULL || ps_host_weights_all_locked(w)) return PS_OK;
     /* The system has refused what the limits allow. */
     return make_bounce(x,
@@ -231,7 +231,7 @@ static ps_status find_image_addresses(ps_exec *x, ps_err *err)
         return ps_fail(err, PS_ENOMEM, "no host memory to map images");
     for (uint32_t i = 0; i < m->n_units; i++) {
         if (m->units[i].kind != PS_UNIT_EXPERT || x->weights.piece[i] == 0) continue;
-        TRY(ps_device_locked_dptr(x->device, ps_model_image(m, i), &x->image_dev[i], err));
+        PS_TRY(ps_device_locked_dptr(x->device, ps_model_image(m, i), &x->image_dev[i], err));
         x->mapped[i] = true;
     }
     x->bases.image_dev = x->image_dev;
@@ -241,7 +241,7 @@ static ps_status find_image_addresses(ps_exec *x, ps_err *err)
 static ps_status load_weights(ps_exec *x, ps_pool *pool, ps_err *err)
 {
     const ps_exec_options *o = &x->options;
-    TRY(ps_host_weights_load(
+    PS_TRY(ps_host_weights_load(
         &x->weights, o->ram_limit != 0, pool, o->progress, o->ctx, &x->stats.disk_bytes, err));
     uint64_t room =
         ps_min_u64(room_below(limit_or_none(o->locked_limit), x->stats.locked_bytes + FLAGS_BYTES),
@@ -258,14 +258,15 @@ static ps_status fill_const(ps_exec *x, ps_err *err)
     for (uint32_t i = 0; i < hp->n_rope; i++) {
         float mag = 0.0f,
               *freq = (float *)(void *)((unsigned char *)x->host_const + x->plan->rope_offset[i]);
-        TRY(ps_model_rope(x->model, i, x->plan->spec.n_ctx, freq, &mag, err));
+        PS_TRY(ps_model_rope(x->model, i, x->plan->spec.n_ctx, freq, &mag, err));
         if (x->const_staging != NULL)
             memcpy((unsigned char *)x->const_staging + x->plan->rope_offset[i], freq,
                 hp->n_rot / 2 * sizeof(float));
     }
     if (x->const_staging == NULL) return PS_OK;
-    TRY(ps_device_copy_in(x->device, x->stream[PS_STREAM_H2D], x->bases.space[PS_SPACE_DEV_CONST],
-        x->const_staging, x->plan->space_bytes[PS_SPACE_DEV_CONST], err));
+    PS_TRY(
+        ps_device_copy_in(x->device, x->stream[PS_STREAM_H2D], x->bases.space[PS_SPACE_DEV_CONST],
+            x->const_staging, x->plan->space_bytes[PS_SPACE_DEV_CONST], err));
     return ps_device_sync(x->device, x->stream[PS_STREAM_H2D], err);
 }
 
@@ -274,18 +275,18 @@ static ps_status create(ps_exec *x, ps_err *err)
     ps_pool *pool = NULL;
     uint64_t bounce_bytes = 0;
     x->bases.weights = &x->weights;
-    TRY(check_limit("locked_limit", "page-locked", LOCKED_ADVICE, fixed_locked_bytes(x),
+    PS_TRY(check_limit("locked_limit", "page-locked", LOCKED_ADVICE, fixed_locked_bytes(x),
         limit_or_none(x->options.locked_limit), err));
-    TRY(choose_images(x, &bounce_bytes, err));
+    PS_TRY(choose_images(x, &bounce_bytes, err));
     for (int s = 0; s < PS_STREAM_COUNT; s++)
-        TRY(ps_stream_create(x->device, (ps_stream_role)s, &x->stream[s], err));
-    TRY(ps_event_create(x->device, &x->fork, err));
-    TRY(ps_event_create(x->device, &x->join, err));
-    TRY(take_spaces(x, err));
-    TRY(take_host(x, err));
-    TRY(fill_const(x, err));
+        PS_TRY(ps_stream_create(x->device, (ps_stream_role)s, &x->stream[s], err));
+    PS_TRY(ps_event_create(x->device, &x->fork, err));
+    PS_TRY(ps_event_create(x->device, &x->join, err));
+    PS_TRY(take_spaces(x, err));
+    PS_TRY(take_host(x, err));
+    PS_TRY(fill_const(x, err));
     int n_threads = ps_cpu_count();
-    TRY(ps_pool_create(n_threads < 16 ? n_threads : 16, &pool, err));
+    PS_TRY(ps_pool_create(n_threads < 16 ? n_threads : 16, &pool, err));
     ps_status status = load_weights(x, pool, err);
     ps_pool_destroy(pool);
     if (status == PS_OK) status = lock_images(x, bounce_bytes, err);
@@ -375,11 +376,11 @@ static ps_status move_dev(
     ps_stream *s = x->stream[in ? PS_STREAM_H2D : PS_STREAM_D2H];
     if (in) {
         memcpy(x->out, bytes, n);
-        TRY(ps_device_copy_in(x->device, s, at, x->out, n, err));
+        PS_TRY(ps_device_copy_in(x->device, s, at, x->out, n, err));
         return ps_device_sync(x->device, s, err);
     }
-    TRY(ps_device_copy_out(x->device, s, x->out, at, n, err));
-    TRY(ps_device_sync(x->device, s, err));
+    PS_TRY(ps_device_copy_out(x->device, s, x->out, at, n, err));
+    PS_TRY(ps_device_sync(x->device, s, err));
     memcpy(bytes, x->out, n);
     return PS_OK;
 }

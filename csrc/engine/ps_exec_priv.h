@@ -12,12 +12,6 @@
 #include "engine/ps_bounce.h"
 #include "engine/ps_host_weights.h"
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 enum {
     CAP_BOUND = 24,   /* shapes of pass kept: decode of several KV lengths, and the last prompts */
     FLAG_STRIDE = 64, /* one flag a cache line: neither side's polling disturbs the other's words */

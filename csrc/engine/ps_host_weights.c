@@ -3,12 +3,6 @@
 
 #include <string.h>
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 enum {
     PAGE_BYTES = 4096,
     MIN_PIECE_BYTES = 1 << 20, /* a registration takes as long as copying so much */
@@ -112,7 +106,7 @@ ps_status ps_host_weights_load(ps_host_weights *w, bool drop, ps_pool *pool,
     for (uint32_t i = 0; i < n_units; i++)
         if (w->in_memory[i] && ps_images_get(images, i) == NULL)
             n_read += w->plan->model->units[i].n_bytes;
-    TRY(ps_images_fill(images, w->model, w->in_memory, pool, progress, progress_ctx, err));
+    PS_TRY(ps_images_fill(images, w->model, w->in_memory, pool, progress, progress_ctx, err));
     w->uses_images = true;
     *file_bytes += n_read;
     if (n_units == n_whole) return PS_OK;
@@ -193,7 +187,7 @@ static ps_status grow_pieces(ps_host_weights *w, ps_err *err)
 static ps_status lock_piece(ps_host_weights *w, uintptr_t base, uint64_t n_bytes,
     const image *images, uint32_t n, bool *refused, ps_err *err)
 {
-    TRY(grow_pieces(w, err));
+    PS_TRY(grow_pieces(w, err));
     ps_err why = {0};
     ps_status status = ps_device_lock(w->device, (void *)base, n_bytes, &why);
     *refused = status != PS_OK;
@@ -233,7 +227,7 @@ static ps_status lock_runs(ps_host_weights *w, const image *list, uint32_t n, ui
         const image *last = &list[i + run - 1];
         uint64_t n_bytes = last->base + last->n_bytes - list[i].base;
         bool refused = false;
-        TRY(lock_piece(w, list[i].base, n_bytes, &list[i], run, &refused, err));
+        PS_TRY(lock_piece(w, list[i].base, n_bytes, &list[i], run, &refused, err));
         if (refused) {
             most = n_bytes / 2;
             run = 0;
@@ -258,7 +252,7 @@ static ps_status lock_chunks(
             (const void *)list[i].base, &base, &n_bytes);
         for (k = 1; i + k < n && list[i + k].base - (uintptr_t)base < n_bytes; k++) {
         }
-        TRY(lock_piece(w, (uintptr_t)base, n_bytes, &list[i], k, &refused, err));
+        PS_TRY(lock_piece(w, (uintptr_t)base, n_bytes, &list[i], k, &refused, err));
         if (!refused) continue;
         *most = n_bytes / 2;
         return PS_OK;
@@ -271,7 +265,7 @@ ps_status ps_host_weights_lock(ps_host_weights *w, uint64_t room_bytes, ps_err *
     image *list = NULL;
     uint32_t n = 0;
     uint64_t most = UINT64_MAX;
-    TRY(list_images(w, &list, &n, err));
+    PS_TRY(list_images(w, &list, &n, err));
     ps_status status = PS_OK;
     if (room_bytes == UINT64_MAX) status = lock_chunks(w, list, n, &most, err);
     if (status == PS_OK) status = lock_runs(w, list, n, room_bytes, most, err);

@@ -10,12 +10,6 @@
 #include "engine/ps_arch.h"
 #include "engine/ps_images.h"
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 const char *ps_unit_kind_name(ps_unit_kind kind)
 {
     static const char *const names[PS_UNIT_KIND_COUNT] = {
@@ -163,7 +157,7 @@ static ps_status add(builder *b, want w, bool *found, const char *fmt, ...)
         return ps_fail_field(b->err, PS_EFORMAT, name,
             "the file lacks the tensor %s, which its architecture needs", name);
     }
-    TRY(check_tensor(b, t, &w));
+    PS_TRY(check_tensor(b, t, &w));
     return push_weight(b, t, &w);
 }
 
@@ -177,8 +171,8 @@ static bool has_tensor(const builder *b, const char *fmt, uint32_t layer)
 static ps_status add_norm(builder *b, uint32_t layer, const char *name)
 {
     uint32_t n = b->model->hp.n_embd;
-    TRY(add(b, (want){.role = PS_W_NORM, .n_rows = 1, .n_cols = n}, NULL, "blk.%u.%s.weight", layer,
-        name));
+    PS_TRY(add(b, (want){.role = PS_W_NORM, .n_rows = 1, .n_cols = n}, NULL, "blk.%u.%s.weight",
+        layer, name));
     bool optional = b->model->hp.norm != PS_NORM_LAYER;
     if (optional) return PS_OK;
     return add(b, (want){.role = PS_W_NORM_B, .n_rows = 1, .n_cols = n}, NULL, "blk.%u.%s.bias",
@@ -198,35 +192,35 @@ static ps_status build_attn(builder *b, uint32_t layer)
     const ps_hparams *hp = &m->hp;
     uint32_t nq = hp->n_head * hp->head_dim, nk = hp->n_kv_head * hp->head_dim, n = hp->n_embd;
     int32_t unit = -1;
-    TRY(begin_unit(b, PS_UNIT_ATTN, (int32_t)layer, -1, &unit));
+    PS_TRY(begin_unit(b, PS_UNIT_ATTN, (int32_t)layer, -1, &unit));
     m->layers[layer].attn = unit;
-    TRY(add_norm(b, layer, "attn_norm"));
-    TRY(add(b, (want){PS_W_Q_NORM, true, 1, hp->head_dim, 0, 0}, NULL, "blk.%u.attn_q_norm.weight",
-        layer));
-    TRY(add(b, (want){PS_W_K_NORM, true, 1, hp->head_dim, 0, 0}, NULL, "blk.%u.attn_k_norm.weight",
-        layer));
-    TRY(add(
+    PS_TRY(add_norm(b, layer, "attn_norm"));
+    PS_TRY(add(b, (want){PS_W_Q_NORM, true, 1, hp->head_dim, 0, 0}, NULL,
+        "blk.%u.attn_q_norm.weight", layer));
+    PS_TRY(add(b, (want){PS_W_K_NORM, true, 1, hp->head_dim, 0, 0}, NULL,
+        "blk.%u.attn_k_norm.weight", layer));
+    PS_TRY(add(
         b, (want){PS_W_SINKS, true, 1, hp->n_head, 0, 0}, NULL, "blk.%u.attn_sinks.weight", layer));
     /* gpt-oss calls its feed-forward norm post_attention_norm; there it belongs to the router unit.
      */
     if (strcmp(b->arch->ffn_norm, "post_attention_norm") != 0)
-        TRY(add(b, (want){PS_W_POST_NORM, true, 1, n, 0, 0}, NULL,
+        PS_TRY(add(b, (want){PS_W_POST_NORM, true, 1, n, 0, 0}, NULL,
             "blk.%u.post_attention_norm.weight", layer));
     if (has_tensor(b, "attn_qkv.weight", layer)) {
-        TRY(add(b, (want){PS_W_QKV_B, true, 1, nq + 2 * nk, 0, 0}, NULL, "blk.%u.attn_qkv.bias",
+        PS_TRY(add(b, (want){PS_W_QKV_B, true, 1, nq + 2 * nk, 0, 0}, NULL, "blk.%u.attn_qkv.bias",
             layer));
-        TRY(add(b, (want){PS_W_QKV, false, nq + 2 * nk, n, 0, 0}, NULL, "blk.%u.attn_qkv.weight",
+        PS_TRY(add(b, (want){PS_W_QKV, false, nq + 2 * nk, n, 0, 0}, NULL, "blk.%u.attn_qkv.weight",
             layer));
     } else {
-        TRY(add(b, (want){PS_W_Q_B, true, 1, nq, 0, 0}, NULL, "blk.%u.attn_q.bias", layer));
-        TRY(add(b, (want){PS_W_K_B, true, 1, nk, 0, 0}, NULL, "blk.%u.attn_k.bias", layer));
-        TRY(add(b, (want){PS_W_V_B, true, 1, nk, 0, 0}, NULL, "blk.%u.attn_v.bias", layer));
-        TRY(add(b, (want){PS_W_Q, false, nq, n, 0, 0}, NULL, "blk.%u.attn_q.weight", layer));
-        TRY(add(b, (want){PS_W_K, false, nk, n, 0, 0}, NULL, "blk.%u.attn_k.weight", layer));
-        TRY(add(b, (want){PS_W_V, false, nk, n, 0, 0}, NULL, "blk.%u.attn_v.weight", layer));
+        PS_TRY(add(b, (want){PS_W_Q_B, true, 1, nq, 0, 0}, NULL, "blk.%u.attn_q.bias", layer));
+        PS_TRY(add(b, (want){PS_W_K_B, true, 1, nk, 0, 0}, NULL, "blk.%u.attn_k.bias", layer));
+        PS_TRY(add(b, (want){PS_W_V_B, true, 1, nk, 0, 0}, NULL, "blk.%u.attn_v.bias", layer));
+        PS_TRY(add(b, (want){PS_W_Q, false, nq, n, 0, 0}, NULL, "blk.%u.attn_q.weight", layer));
+        PS_TRY(add(b, (want){PS_W_K, false, nk, n, 0, 0}, NULL, "blk.%u.attn_k.weight", layer));
+        PS_TRY(add(b, (want){PS_W_V, false, nk, n, 0, 0}, NULL, "blk.%u.attn_v.weight", layer));
     }
-    TRY(add(b, (want){PS_W_O_B, true, 1, n, 0, 0}, NULL, "blk.%u.attn_output.bias", layer));
-    TRY(add(b, (want){PS_W_O, false, n, nq, 0, 0}, NULL, "blk.%u.attn_output.weight", layer));
+    PS_TRY(add(b, (want){PS_W_O_B, true, 1, n, 0, 0}, NULL, "blk.%u.attn_output.bias", layer));
+    PS_TRY(add(b, (want){PS_W_O, false, n, nq, 0, 0}, NULL, "blk.%u.attn_output.weight", layer));
     ps_unit *u = &m->units[unit];
     u->kv_bytes_per_tok = 2 * nk * 2;
     u->n_rows = hp->n_kv_head;
@@ -252,20 +246,20 @@ static ps_status build_ffn(builder *b, uint32_t layer)
     const ps_hparams *hp = &m->hp;
     uint32_t n = hp->n_embd, f = hp->n_ff;
     int32_t unit = -1;
-    TRY(begin_unit(b, PS_UNIT_FFN, (int32_t)layer, -1, &unit));
+    PS_TRY(begin_unit(b, PS_UNIT_FFN, (int32_t)layer, -1, &unit));
     m->layers[layer].ffn = unit;
-    TRY(add_norm(b, layer, b->arch->ffn_norm));
-    TRY(add(
+    PS_TRY(add_norm(b, layer, b->arch->ffn_norm));
+    PS_TRY(add(
         b, (want){PS_W_POST_NORM, true, 1, n, 0, 0}, NULL, "blk.%u.post_ffw_norm.weight", layer));
-    TRY(add(b, (want){PS_W_GATE_B, true, 1, f, 0, 0}, NULL, "blk.%u.ffn_gate.bias", layer));
-    TRY(add(b, (want){PS_W_UP_B, true, 1, hp->fused_gate_up ? 2 * f : f, 0, 0}, NULL,
+    PS_TRY(add(b, (want){PS_W_GATE_B, true, 1, f, 0, 0}, NULL, "blk.%u.ffn_gate.bias", layer));
+    PS_TRY(add(b, (want){PS_W_UP_B, true, 1, hp->fused_gate_up ? 2 * f : f, 0, 0}, NULL,
         "blk.%u.ffn_up.bias", layer));
-    TRY(add(b, (want){PS_W_DOWN_B, true, 1, n, 0, 0}, NULL, "blk.%u.ffn_down.bias", layer));
+    PS_TRY(add(b, (want){PS_W_DOWN_B, true, 1, n, 0, 0}, NULL, "blk.%u.ffn_down.bias", layer));
     if (hp->ffn_gated && !hp->fused_gate_up)
-        TRY(add(b, (want){PS_W_GATE, false, f, n, 0, 0}, NULL, "blk.%u.ffn_gate.weight", layer));
-    TRY(add(b, (want){PS_W_UP, false, hp->fused_gate_up ? 2 * f : f, n, 0, 0}, NULL,
+        PS_TRY(add(b, (want){PS_W_GATE, false, f, n, 0, 0}, NULL, "blk.%u.ffn_gate.weight", layer));
+    PS_TRY(add(b, (want){PS_W_UP, false, hp->fused_gate_up ? 2 * f : f, n, 0, 0}, NULL,
         "blk.%u.ffn_up.weight", layer));
-    TRY(add(b, (want){PS_W_DOWN, false, n, f, 0, 0}, NULL, "blk.%u.ffn_down.weight", layer));
+    PS_TRY(add(b, (want){PS_W_DOWN, false, n, f, 0, 0}, NULL, "blk.%u.ffn_down.weight", layer));
     m->units[unit].n_rows = f;
     m->units[unit].row_step = ffn_step(f, block_elems(m, (uint32_t)unit, PS_W_DOWN));
     return PS_OK;
@@ -279,18 +273,18 @@ static ps_status build_expert(builder *b, uint32_t layer, uint32_t e)
         const char *name;
     } parts[] = {{PS_W_GATE, "ffn_gate"}, {PS_W_UP, "ffn_up"}, {PS_W_DOWN, "ffn_down"}};
     int32_t unit = -1;
-    TRY(begin_unit(b, PS_UNIT_EXPERT, (int32_t)layer, (int32_t)e, &unit));
+    PS_TRY(begin_unit(b, PS_UNIT_EXPERT, (int32_t)layer, (int32_t)e, &unit));
     b->model->units[unit].use = (double)hp->n_expert_used / hp->n_expert;
     if (e == 0) b->model->layers[layer].first_expert = unit;
     for (int i = 0; i < 3; i++) {
         bool down = parts[i].role == PS_W_DOWN, stacked = false;
         uint32_t rows = down ? hp->n_embd : hp->n_ff_expert,
                  cols = down ? hp->n_ff_expert : hp->n_embd;
-        TRY(add(b, (want){parts[i].role, true, rows, cols, hp->n_expert, e}, &stacked,
+        PS_TRY(add(b, (want){parts[i].role, true, rows, cols, hp->n_expert, e}, &stacked,
             "blk.%u.%s_exps.weight", layer, parts[i].name));
         if (!stacked) /* files from before experts were stacked have one tensor for each */
-            TRY(add(b, (want){parts[i].role, false, rows, cols, 0, 0}, NULL, "blk.%u.%s.%u.weight",
-                layer, parts[i].name, e));
+            PS_TRY(add(b, (want){parts[i].role, false, rows, cols, 0, 0}, NULL,
+                "blk.%u.%s.%u.weight", layer, parts[i].name, e));
     }
     return PS_OK;
 }
@@ -301,17 +295,19 @@ static ps_status build_router(builder *b, uint32_t layer)
     const ps_hparams *hp = &m->hp;
     uint32_t ne = hp->n_expert, f = hp->n_ff_expert;
     int32_t unit = -1;
-    TRY(begin_unit(b, PS_UNIT_ROUTER, (int32_t)layer, -1, &unit));
+    PS_TRY(begin_unit(b, PS_UNIT_ROUTER, (int32_t)layer, -1, &unit));
     m->layers[layer].router = unit;
-    TRY(add_norm(b, layer, b->arch->ffn_norm));
-    TRY(add(b, (want){PS_W_ROUTER_B, true, 1, ne, 0, 0}, NULL, "blk.%u.ffn_gate_inp.bias", layer));
-    TRY(add(b, (want){PS_W_GATE_B, true, ne, f, 0, 0}, NULL, "blk.%u.ffn_gate_exps.bias", layer));
-    TRY(add(b, (want){PS_W_UP_B, true, ne, f, 0, 0}, NULL, "blk.%u.ffn_up_exps.bias", layer));
-    TRY(add(b, (want){PS_W_DOWN_B, true, ne, hp->n_embd, 0, 0}, NULL, "blk.%u.ffn_down_exps.bias",
-        layer));
-    TRY(add(b, (want){PS_W_ROUTER, false, ne, hp->n_embd, 0, 0}, NULL, "blk.%u.ffn_gate_inp.weight",
-        layer));
-    for (uint32_t e = 0; e < ne; e++) TRY(build_expert(b, layer, e));
+    PS_TRY(add_norm(b, layer, b->arch->ffn_norm));
+    PS_TRY(
+        add(b, (want){PS_W_ROUTER_B, true, 1, ne, 0, 0}, NULL, "blk.%u.ffn_gate_inp.bias", layer));
+    PS_TRY(
+        add(b, (want){PS_W_GATE_B, true, ne, f, 0, 0}, NULL, "blk.%u.ffn_gate_exps.bias", layer));
+    PS_TRY(add(b, (want){PS_W_UP_B, true, ne, f, 0, 0}, NULL, "blk.%u.ffn_up_exps.bias", layer));
+    PS_TRY(add(b, (want){PS_W_DOWN_B, true, ne, hp->n_embd, 0, 0}, NULL,
+        "blk.%u.ffn_down_exps.bias", layer));
+    PS_TRY(add(b, (want){PS_W_ROUTER, false, ne, hp->n_embd, 0, 0}, NULL,
+        "blk.%u.ffn_gate_inp.weight", layer));
+    for (uint32_t e = 0; e < ne; e++) PS_TRY(build_expert(b, layer, e));
     return PS_OK;
 }
 
@@ -328,7 +324,7 @@ static ps_status build_embed(builder *b)
     m->hp.n_vocab = (uint32_t)t->dims[1];
     m->hp.tied = ps_gguf_tensor_find(m->gguf, "output.weight") == NULL;
     if (m->hp.tied) return PS_OK;
-    TRY(begin_unit(b, PS_UNIT_EMBED, -1, -1, &m->embed));
+    PS_TRY(begin_unit(b, PS_UNIT_EMBED, -1, -1, &m->embed));
     return add(
         b, (want){PS_W_TABLE, false, m->hp.n_vocab, m->hp.n_embd, 0, 0}, NULL, "token_embd.weight");
 }
@@ -337,11 +333,11 @@ static ps_status build_head(builder *b)
 {
     ps_model *m = b->model;
     uint32_t n = m->hp.n_embd;
-    TRY(begin_unit(b, PS_UNIT_HEAD, -1, -1, &m->head));
-    TRY(add(b, (want){PS_W_NORM, false, 1, n, 0, 0}, NULL, "output_norm.weight"));
+    PS_TRY(begin_unit(b, PS_UNIT_HEAD, -1, -1, &m->head));
+    PS_TRY(add(b, (want){PS_W_NORM, false, 1, n, 0, 0}, NULL, "output_norm.weight"));
     if (m->hp.norm == PS_NORM_LAYER)
-        TRY(add(b, (want){PS_W_NORM_B, false, 1, n, 0, 0}, NULL, "output_norm.bias"));
-    TRY(add(b, (want){PS_W_HEAD, false, m->hp.n_vocab, n, 0, 0}, NULL, "%s",
+        PS_TRY(add(b, (want){PS_W_NORM_B, false, 1, n, 0, 0}, NULL, "output_norm.bias"));
+    PS_TRY(add(b, (want){PS_W_HEAD, false, m->hp.n_vocab, n, 0, 0}, NULL, "%s",
         m->hp.tied ? "token_embd.weight" : "output.weight"));
     if (m->hp.tied) m->embed = m->head;
     m->units[m->head].n_rows = m->hp.n_vocab;
@@ -352,17 +348,17 @@ static ps_status build_head(builder *b)
 static ps_status build_units(builder *b)
 {
     ps_model *m = b->model;
-    TRY(build_embed(b));
+    PS_TRY(build_embed(b));
     for (uint32_t i = 0; i < m->hp.n_layer; i++) {
-        TRY(build_attn(b, i));
+        PS_TRY(build_attn(b, i));
         if (m->hp.n_expert > 0 && has_tensor(b, "ffn_gate_inp.weight", i))
-            TRY(build_router(b, i));
+            PS_TRY(build_router(b, i));
         else if (b->arch->always_experts || m->hp.n_ff == 0)
             return ps_fail_field(b->err, PS_EFORMAT, "ffn_gate_inp", "layer %u has no router", i);
         else
-            TRY(build_ffn(b, i));
+            PS_TRY(build_ffn(b, i));
     }
-    TRY(build_head(b));
+    PS_TRY(build_head(b));
     for (uint32_t i = 0; i < m->n_units; i++)
         if (!ps_add_u64(m->n_bytes, m->units[i].n_bytes, &m->n_bytes))
             return ps_fail(b->err, PS_EFORMAT, "the model's size overflows");
@@ -371,7 +367,7 @@ static ps_status build_units(builder *b)
 
 static ps_status open_model(const char *path, ps_model *m, ps_err *err)
 {
-    TRY(ps_gguf_open(path, &m->gguf, err));
+    PS_TRY(ps_gguf_open(path, &m->gguf, err));
     ps_gguf_str name = {0};
     if (!ps_gguf_get_str(ps_gguf_find(m->gguf, "general.architecture"), &name))
         return ps_gguf_fail_key(
@@ -384,13 +380,13 @@ static ps_status open_model(const char *path, ps_model *m, ps_err *err)
             ps_arch_names(), "the architecture \"%.*s\" is not one that we run",
             (int)ps_min_u64(name.n_bytes, 64), name.s);
     memcpy(m->arch, arch_name, sizeof m->arch);
-    TRY(ps_arch_hparams(m->gguf, arch, &m->hp, err));
+    PS_TRY(ps_arch_hparams(m->gguf, arch, &m->hp, err));
     m->layers = ps_alloc(m->hp.n_layer, sizeof *m->layers);
     if (m->layers == NULL)
         return ps_fail(err, PS_ENOMEM, "no host memory for %u layers", m->hp.n_layer);
-    TRY(ps_arch_layers(m->gguf, arch, &m->hp, m->layers, err));
+    PS_TRY(ps_arch_layers(m->gguf, arch, &m->hp, m->layers, err));
     builder b = {.model = m, .arch = arch, .err = err};
-    TRY(build_units(&b));
+    PS_TRY(build_units(&b));
     ps_gguf_digest(m->gguf, m->digest);
     return ps_images_create(m->n_units, &m->images, err);
 }

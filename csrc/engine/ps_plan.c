@@ -10,12 +10,6 @@
 #include "engine/ps_cut.h"
 #include "engine/ps_ticks.h"
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 const char *ps_space_name(ps_space space)
 {
     static const char *const names[PS_SPACE_COUNT] = {"none", "weights", "ring", "kv", "act",
@@ -120,7 +114,7 @@ static ps_status check_places(const ps_plan *p, ps_err *err)
             if (place.kind != PS_PLACE_CPU && !p->spec.accelerator)
                 return ps_plan_refuse(
                     p, t, u, err, "this device has no memory of its own; every unit must be cpu");
-            if (place.kind == PS_PLACE_STREAM) TRY(check_streamed(p, t, u, err));
+            if (place.kind == PS_PLACE_STREAM) PS_TRY(check_streamed(p, t, u, err));
             if ((place.kind == PS_PLACE_VRAM) != (first.kind == PS_PLACE_VRAM))
                 return ps_plan_refuse(
                     p, t, u, err, "a unit's share of VRAM must be the same in all tiers");
@@ -346,12 +340,12 @@ static ps_status measure_shape(const ps_plan *p, const ps_pass_shape *shape, uin
 {
     uint64_t ws = 0;
     uint32_t table = 0;
-    TRY(ps_lower_measure(p, shape, &ws, &table, err));
+    PS_TRY(ps_lower_measure(p, shape, &ws, &table, err));
     *ws_bytes = ps_max_u64(*ws_bytes, ws);
     if (p->n_windows > 0) { /* attention in two parts and in one want different amounts */
         ps_pass_shape far = *shape;
         far.far = UINT32_MAX;
-        TRY(ps_lower_measure(p, &far, &ws, &table, err));
+        PS_TRY(ps_lower_measure(p, &far, &ws, &table, err));
         *ws_bytes = ps_max_u64(*ws_bytes, ws);
     }
     if (table > *n_table) *n_table = table;
@@ -365,7 +359,7 @@ static ps_status measure_at(
 {
     ps_pass_shape shape = {
         .tier = tier, .n_tok = n, .n_out = n, .max_kv = p->max_pages * PS_KV_PAGE_TOK};
-    TRY(measure_shape(p, &shape, ws_bytes, n_table, err));
+    PS_TRY(measure_shape(p, &shape, ws_bytes, n_table, err));
     if (!ps_pass_maps_experts(p, &shape)) return PS_OK;
     bool *none = ps_alloc(p->model->n_units, sizeof *none);
     if (none == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to measure a plan");
@@ -397,9 +391,10 @@ static ps_status measure(const ps_plan *p, uint64_t *ws_bytes, uint32_t *n_table
                  end = high < most ? high : most;
         for (uint32_t n = 1; n <= end; n = n < end && n > end / 2 ? end : n * 2)
             /* Behind whole chunks comes one of any size. */
-            if (n >= low || high > s->chunk_tok) TRY(measure_at(p, t, n, ws_bytes, n_table, err));
+            if (n >= low || high > s->chunk_tok)
+                PS_TRY(measure_at(p, t, n, ws_bytes, n_table, err));
         /* The longest pass of one chunk: longer ones may need fewer groups of experts. */
-        if (s->chunk_tok < end) TRY(measure_at(p, t, s->chunk_tok, ws_bytes, n_table, err));
+        if (s->chunk_tok < end) PS_TRY(measure_at(p, t, s->chunk_tok, ws_bytes, n_table, err));
         low = high + 1;
     }
     return PS_OK;
@@ -458,9 +453,9 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
             bytes[PS_SPACE_DEV_WEIGHTS] += align_up(m->units[u].n_bytes);
         }
     if (streams(p)) bytes[PS_SPACE_DEV_RING] = p->spec.n_slots * p->spec.slot_bytes;
-    TRY(lay_out_kv(p, err));
+    PS_TRY(lay_out_kv(p, err));
     size_buffers(p);
-    TRY(measure(p, &p->buf_bytes[PS_BUF_WS], &n_table, err));
+    PS_TRY(measure(p, &p->buf_bytes[PS_BUF_WS], &n_table, err));
     uint64_t act = lay_out_buffers(p);
     if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_ACT] = act;
     bytes[PS_SPACE_HOST_ACT] = host_act_bytes(p, act);
@@ -531,22 +526,22 @@ static ps_status fill(ps_plan *p, const ps_plan_spec *spec, ps_err *err)
     p->has_kv_vram_tok = spec->kv_vram_tok != NULL;
     if (p->tiers == NULL || p->places == NULL || p->kv_vram_tok == NULL)
         return ps_fail(err, PS_ENOMEM, "no host memory for a plan of %u units", m->n_units);
-    TRY(check_numbers(p, err));
-    TRY(ps_cut_places(p, err));
+    PS_TRY(check_numbers(p, err));
+    PS_TRY(ps_cut_places(p, err));
     m = p->model;
     p->homes = ps_alloc(m->n_units, sizeof *p->homes);
     p->kv = ps_alloc(m->n_units, sizeof *p->kv);
     p->windows = ps_alloc(m->hp.n_layer, sizeof *p->windows);
     if (p->homes == NULL || p->kv == NULL || p->windows == NULL)
         return ps_fail(err, PS_ENOMEM, "no host memory for a plan of %u units", m->n_units);
-    TRY(check_places(p, err));
+    PS_TRY(check_places(p, err));
     find_kv_homes(p);
     find_homes(p);
     for (uint32_t i = 0; i < m->hp.n_rope; i++) {
         float freq[PS_MAX_HEAD_DIM / 2];
-        TRY(ps_model_rope(m, i, spec->n_ctx, freq, &p->rope_mag[i], err));
+        PS_TRY(ps_model_rope(m, i, spec->n_ctx, freq, &p->rope_mag[i], err));
     }
-    TRY(lay_out(p, err));
+    PS_TRY(lay_out(p, err));
     sum_up(p);
     if (spec->accelerator && p->needed_bytes > spec->budget_bytes) {
         ps_fail(err, PS_EBUDGET,

@@ -61,10 +61,11 @@ static ps_status time_ops(
         for (uint32_t k = 0; k < n; k++) {
             ps_sample sample;
             bool fits = false;
-            TRY(ps_profile_step(p, err));
-            TRY(ps_profile_time_call(p, &lanes[k], &calls->items[i], nothing, &sample, &fits, err));
+            PS_TRY(ps_profile_step(p, err));
+            PS_TRY(
+                ps_profile_time_call(p, &lanes[k], &calls->items[i], nothing, &sample, &fits, err));
             if (!fits) continue;
-            TRY(ps_profile_add(p, sample, err));
+            PS_TRY(ps_profile_add(p, sample, err));
             consider_main(&lanes[k], &calls->items[i], &sample);
         }
     return PS_OK;
@@ -73,16 +74,16 @@ static ps_status time_ops(
 static ps_status measure(profiler *p, ps_err *err)
 {
     op_calls *dev = &p->calls[PS_SIDE_DEV], *host = &p->calls[PS_SIDE_HOST];
-    TRY(ps_profile_lanes_open(p, err));
+    PS_TRY(ps_profile_lanes_open(p, err));
     int sm = p->device->info.sm;
     if (p->has_gpu)
-        TRY(ps_profile_collect(p->model, PS_SIDE_DEV, sm, p->max_tok, p->max_kv, dev, err));
-    TRY(ps_profile_collect(p->model, PS_SIDE_HOST, sm, p->max_tok, p->max_kv, host, err));
+        PS_TRY(ps_profile_collect(p->model, PS_SIDE_DEV, sm, p->max_tok, p->max_kv, dev, err));
+    PS_TRY(ps_profile_collect(p->model, PS_SIDE_HOST, sm, p->max_tok, p->max_kv, host, err));
     p->n_steps = dev->n + host->n * p->n_cpu_lanes + ps_profile_bus_steps(p);
-    if (p->has_gpu) TRY(ps_profile_time_copies(p, err));
-    TRY(ps_profile_time_fixed(p, err));
-    TRY(time_ops(p, dev, p->lanes, 1, err));
-    TRY(time_ops(p, host, &p->lanes[p->n_lanes - p->n_cpu_lanes], p->n_cpu_lanes, err));
+    if (p->has_gpu) PS_TRY(ps_profile_time_copies(p, err));
+    PS_TRY(ps_profile_time_fixed(p, err));
+    PS_TRY(time_ops(p, dev, p->lanes, 1, err));
+    PS_TRY(time_ops(p, host, &p->lanes[p->n_lanes - p->n_cpu_lanes], p->n_cpu_lanes, err));
     return ps_profile_time_contention(p, err);
 }
 

@@ -35,15 +35,15 @@ static ps_status copy_batch(profiler *p, bool in, ps_dptr at, uint64_t n_bytes, 
     load beside, uint64_t beside_ns, uint64_t *ns, bool *covered, ps_err *err)
 {
     copy_lane *c = &p->copies[in ? 0 : 1];
-    TRY(ps_profile_start_load(p, beside, beside_ns, err));
+    PS_TRY(ps_profile_start_load(p, beside, beside_ns, err));
     if (!p->virtual_clock) /* so that the first does not wait for being enqueued */
-        TRY(ps_profile_copy(p, in, at, n_bytes, err));
-    TRY(ps_device_record(p->device, c->stream, c->from, err));
-    for (uint32_t i = 0; i < n; i++) TRY(ps_profile_copy(p, in, at, n_bytes, err));
-    TRY(ps_device_record(p->device, c->stream, c->to, err));
-    TRY(ps_device_sync(p->device, c->stream, err));
+        PS_TRY(ps_profile_copy(p, in, at, n_bytes, err));
+    PS_TRY(ps_device_record(p->device, c->stream, c->from, err));
+    for (uint32_t i = 0; i < n; i++) PS_TRY(ps_profile_copy(p, in, at, n_bytes, err));
+    PS_TRY(ps_device_record(p->device, c->stream, c->to, err));
+    PS_TRY(ps_device_sync(p->device, c->stream, err));
     *covered = ps_profile_is_loaded(p, beside);
-    TRY(ps_profile_end_load(p, beside, err));
+    PS_TRY(ps_profile_end_load(p, beside, err));
     return ps_device_elapsed(p->device, c->from, c->to, ns, err);
 }
 
@@ -56,7 +56,7 @@ static ps_status time_copy(
              beside_ns = (uint64_t)(n * n_bytes); /* as at 1 GB/s: it is known after the first */
     for (uint32_t i = 0; i < n_times(p); i++) {
         bool covered = true;
-        TRY(copy_batch(p, in, at, n_bytes, n, beside, beside_ns, &times[n_done], &covered, err));
+        PS_TRY(copy_batch(p, in, at, n_bytes, n, beside, beside_ns, &times[n_done], &covered, err));
         beside_ns = 2 * times[n_done];
         bool last = i + 1 == n_times(p) || ps_clock_ns() - start > slice;
         if (covered || last) n_done++;
@@ -87,9 +87,9 @@ ps_status ps_profile_time_copies(profiler *p, ps_err *err)
     for (int i = 0; i < 2; i++)
         for (size_t s = 0; s < sizeof copy_sizes / sizeof *copy_sizes; s++) {
             if (copy_sizes[s] > ps_min_u64(half, p->copy_bytes)) break;
-            TRY(ps_profile_step(p, err));
+            PS_TRY(ps_profile_step(p, err));
             ps_dptr at = ps_dptr_add(m->base[AREA_WEIGHTS], i == 0 ? 0 : half);
-            TRY(time_copy(p, i == 0, at, copy_sizes[s], nothing, err));
+            PS_TRY(time_copy(p, i == 0, at, copy_sizes[s], nothing, err));
         }
     return PS_OK;
 }
@@ -105,7 +105,7 @@ static uint32_t *flag_at(const profiler *p, uint32_t i)
 static ps_status record_rounds(profiler *p, ps_graph **out, ps_err *err)
 {
     ps_stream *s = p->lanes[0].stream;
-    TRY(ps_graph_begin(p->device, s, err));
+    PS_TRY(ps_graph_begin(p->device, s, err));
     ps_status status = PS_OK;
     for (uint32_t i = 0; i < ROUNDS && status == PS_OK; i++) {
         status = ps_device_flag_set(p->device, s, flag_at(p, 2 * i), 1, err);
@@ -121,17 +121,17 @@ static ps_status run_rounds(
 {
     run_lane *gpu = &p->lanes[0], *cpu = &p->flags_lane;
     for (uint32_t i = 0; i < 2 * ROUNDS; i++) __atomic_store_n(flag_at(p, i), 0, __ATOMIC_RELEASE);
-    TRY(ps_profile_start_load(p, beside, beside_ns, err));
-    TRY(ps_device_record(p->device, gpu->stream, gpu->from, err));
-    TRY(ps_graph_launch(p->device, gpu->stream, graph, err));
-    TRY(ps_device_record(p->device, gpu->stream, gpu->to, err));
+    PS_TRY(ps_profile_start_load(p, beside, beside_ns, err));
+    PS_TRY(ps_device_record(p->device, gpu->stream, gpu->from, err));
+    PS_TRY(ps_graph_launch(p->device, gpu->stream, graph, err));
+    PS_TRY(ps_device_record(p->device, gpu->stream, gpu->to, err));
     for (uint32_t i = 0; i < ROUNDS; i++) {
-        TRY(ps_device_flag_wait(p->device, cpu->stream, flag_at(p, 2 * i), 1, err));
-        TRY(ps_device_flag_set(p->device, cpu->stream, flag_at(p, 2 * i + 1), 1, err));
+        PS_TRY(ps_device_flag_wait(p->device, cpu->stream, flag_at(p, 2 * i), 1, err));
+        PS_TRY(ps_device_flag_set(p->device, cpu->stream, flag_at(p, 2 * i + 1), 1, err));
     }
-    TRY(ps_device_sync(p->device, gpu->stream, err));
-    TRY(ps_device_sync(p->device, cpu->stream, err));
-    TRY(ps_profile_end_load(p, beside, err));
+    PS_TRY(ps_device_sync(p->device, gpu->stream, err));
+    PS_TRY(ps_device_sync(p->device, cpu->stream, err));
+    PS_TRY(ps_profile_end_load(p, beside, err));
     return ps_device_elapsed(p->device, gpu->from, gpu->to, ns, err);
 }
 
@@ -168,7 +168,7 @@ static ps_status bind_smallest(
             least = &calls->items[i];
     ps_check_bug(least != NULL, err);
     ps_profile_cut(least, 1, &whole);
-    TRY(ps_profile_bind(l->mem, least, &whole, l->sm, 1, p->bound, &n_bound, err));
+    PS_TRY(ps_profile_bind(l->mem, least, &whole, l->sm, 1, p->bound, &n_bound, err));
     *out = n_bound > 0 ? least : NULL;
     return PS_OK;
 }
@@ -178,7 +178,7 @@ static ps_status issue(
 {
     ps_cost cost = ps_op_cost(call->op, args);
     for (uint32_t i = 0; i < n; i++)
-        TRY(ps_device_run(l->device, l->stream, l->ops->op[call->op], args,
+        PS_TRY(ps_device_run(l->device, l->stream, l->ops->op[call->op], args,
             ps_op_args_bytes(call->op), &cost, err));
     return PS_OK;
 }
@@ -191,16 +191,16 @@ static ps_status time_issue(profiler *p, const op_call *call, ps_err *err)
     uint64_t op_ns[MAX_TIMES], copy_ns[MAX_TIMES];
     for (int i = 0; i < MAX_TIMES; i++) {
         uint64_t start = ps_clock_ns();
-        TRY(issue(gpu, call, p->bound, N_ISSUED, err));
+        PS_TRY(issue(gpu, call, p->bound, N_ISSUED, err));
         op_ns[i] = ps_clock_ns() - start;
-        TRY(ps_device_sync(p->device, gpu->stream, err));
+        PS_TRY(ps_device_sync(p->device, gpu->stream, err));
         start = ps_clock_ns();
         for (uint32_t k = 0; k < MAX_BATCH; k++)
-            TRY(ps_profile_copy(p, true, in->piece, copy_sizes[0], err));
+            PS_TRY(ps_profile_copy(p, true, in->piece, copy_sizes[0], err));
         copy_ns[i] = ps_clock_ns() - start;
-        TRY(ps_device_sync(p->device, in->stream, err));
+        PS_TRY(ps_device_sync(p->device, in->stream, err));
     }
-    TRY(add_fixed(p, "launch", (double)ps_profile_median(op_ns, MAX_TIMES) * 1e-9 / N_ISSUED,
+    PS_TRY(add_fixed(p, "launch", (double)ps_profile_median(op_ns, MAX_TIMES) * 1e-9 / N_ISSUED,
         PS_LOAD_IDLE, err));
     return add_fixed(p, "copy", (double)ps_profile_median(copy_ns, MAX_TIMES) * 1e-9 / MAX_BATCH,
         PS_LOAD_IDLE, err);
@@ -213,12 +213,12 @@ static ps_status run_graph(
 {
     run_lane *gpu = &p->lanes[0];
     uint64_t start = ps_clock_ns();
-    TRY(ps_device_record(p->device, gpu->stream, gpu->from, err));
-    TRY(ps_graph_launch(p->device, gpu->stream, graph, err));
-    TRY(ps_device_record(p->device, gpu->stream, gpu->to, err));
-    TRY(ps_device_sync(p->device, gpu->stream, err));
-    for (int i = 0; i < 2; i++) TRY(ps_device_sync(p->device, p->copies[i].stream, err));
-    TRY(ps_device_sync(p->device, p->flags_lane.stream, err));
+    PS_TRY(ps_device_record(p->device, gpu->stream, gpu->from, err));
+    PS_TRY(ps_graph_launch(p->device, gpu->stream, graph, err));
+    PS_TRY(ps_device_record(p->device, gpu->stream, gpu->to, err));
+    PS_TRY(ps_device_sync(p->device, gpu->stream, err));
+    for (int i = 0; i < 2; i++) PS_TRY(ps_device_sync(p->device, p->copies[i].stream, err));
+    PS_TRY(ps_device_sync(p->device, p->flags_lane.stream, err));
     *wall_ns = ps_clock_ns() - start;
     return ps_device_elapsed(p->device, gpu->from, gpu->to, gpu_ns, err);
 }
@@ -230,7 +230,7 @@ static ps_status time_graph(
     run_lane *gpu = &p->lanes[0];
     ps_graph *graph = NULL;
     uint64_t on_gpu[N_PASSES], wall[N_PASSES];
-    TRY(ps_graph_begin(p->device, gpu->stream, err));
+    PS_TRY(ps_graph_begin(p->device, gpu->stream, err));
     ps_status status = issue(gpu, call, p->bound, n, err);
     ps_status ended = ps_graph_end(p->device, gpu->stream, &graph, err);
     if (status == PS_OK) status = ended;
@@ -248,11 +248,11 @@ static ps_status time_launches(profiler *p, ps_err *err)
 {
     const op_call *call = NULL;
     double few = 0, many = 0, wall = 0, ignored = 0;
-    TRY(bind_smallest(p, &p->lanes[0], PS_SIDE_DEV, &call, err));
+    PS_TRY(bind_smallest(p, &p->lanes[0], PS_SIDE_DEV, &call, err));
     if (call == NULL) return PS_OK;
-    TRY(time_issue(p, call, err));
-    TRY(time_graph(p, call, 1, &few, &wall, err));
-    TRY(time_graph(p, call, 1 + N_ISSUED, &many, &ignored, err));
+    PS_TRY(time_issue(p, call, err));
+    PS_TRY(time_graph(p, call, 1, &few, &wall, err));
+    PS_TRY(time_graph(p, call, 1 + N_ISSUED, &many, &ignored, err));
     double one = many > few ? (many - few) / N_ISSUED : 0;
     return add_fixed(p, "pass", wall > one ? (wall - one) * 1e-9 : 0, PS_LOAD_IDLE, err);
 }
@@ -263,19 +263,19 @@ static ps_status time_cpu_pass(profiler *p, ps_err *err)
     run_lane *l = &p->lanes[0];
     const op_call *call = NULL;
     uint64_t wall[N_PASSES], all = 0, start = 0;
-    TRY(bind_smallest(p, l, PS_SIDE_HOST, &call, err));
+    PS_TRY(bind_smallest(p, l, PS_SIDE_HOST, &call, err));
     if (call == NULL) return PS_OK;
     for (int i = 0; i < N_PASSES; i++) {
         start = ps_clock_ns();
-        TRY(issue(l, call, p->bound, 1, err));
-        TRY(ps_device_sync(l->device, l->stream, err));
+        PS_TRY(issue(l, call, p->bound, 1, err));
+        PS_TRY(ps_device_sync(l->device, l->stream, err));
         wall[i] = ps_clock_ns() - start;
     }
-    TRY(ps_device_record(l->device, l->stream, l->from, err));
-    TRY(issue(l, call, p->bound, N_ISSUED, err));
-    TRY(ps_device_record(l->device, l->stream, l->to, err));
-    TRY(ps_device_sync(l->device, l->stream, err));
-    TRY(ps_device_elapsed(l->device, l->from, l->to, &all, err));
+    PS_TRY(ps_device_record(l->device, l->stream, l->from, err));
+    PS_TRY(issue(l, call, p->bound, N_ISSUED, err));
+    PS_TRY(ps_device_record(l->device, l->stream, l->to, err));
+    PS_TRY(ps_device_sync(l->device, l->stream, err));
+    PS_TRY(ps_device_elapsed(l->device, l->from, l->to, &all, err));
     uint64_t one = all / N_ISSUED, pass = ps_profile_median(wall, N_PASSES);
     return add_fixed(p, "pass", pass > one ? (double)(pass - one) * 1e-9 : 0, PS_LOAD_IDLE, err);
 }
@@ -284,14 +284,14 @@ static ps_status time_cpu_pass(profiler *p, ps_err *err)
 ps_status ps_profile_time_fixed(profiler *p, ps_err *err)
 {
     static const char *const free_of_charge[] = {"launch", "copy", "pass"};
-    TRY(ps_profile_step(p, err));
+    PS_TRY(ps_profile_step(p, err));
     if (!p->has_gpu) return time_cpu_pass(p, err);
     if (p->virtual_clock)
-        for (int i = 0; i < 3; i++) TRY(add_fixed(p, free_of_charge[i], 0, PS_LOAD_IDLE, err));
+        for (int i = 0; i < 3; i++) PS_TRY(add_fixed(p, free_of_charge[i], 0, PS_LOAD_IDLE, err));
     else
-        TRY(time_launches(p, err));
-    TRY(time_flags(p, nothing, err));
-    TRY(ps_profile_step(p, err));
+        PS_TRY(time_launches(p, err));
+    PS_TRY(time_flags(p, nothing, err));
+    PS_TRY(ps_profile_step(p, err));
     return time_flags(p, (load){PS_LOAD_H2D, NULL}, err);
 }
 
@@ -302,9 +302,9 @@ static ps_status time_beside(
 {
     ps_sample sample;
     bool fits = false;
-    TRY(ps_profile_step(p, err));
+    PS_TRY(ps_profile_step(p, err));
     if (call == NULL) return PS_OK;
-    TRY(ps_profile_time_call(p, l, call, beside, &sample, &fits, err));
+    PS_TRY(ps_profile_time_call(p, l, call, beside, &sample, &fits, err));
     return fits ? ps_profile_add(p, sample, err) : PS_OK;
 }
 
@@ -341,16 +341,16 @@ static ps_status time_gather(profiler *p, const op_call *call, load beside, ps_e
     op_memory m = p->dev_mem;
     ps_sample sample;
     bool fits = false;
-    TRY(ps_profile_step(p, err));
+    PS_TRY(ps_profile_step(p, err));
     if (call == NULL) return PS_OK;
-    TRY(ps_device_locked_dptr(p->device, p->copies[0].host, &m.base[AREA_WEIGHTS], err));
+    PS_TRY(ps_device_locked_dptr(p->device, p->copies[0].host, &m.base[AREA_WEIGHTS], err));
     m.n_bytes[AREA_WEIGHTS] = p->copy_bytes;
     m.locked_weights = p->copies[0].host;
     m.staging = p->copies[1].host;
     m.fmts = 0;
     lane.mem = &m;
     memset(lane.rate, 0, sizeof lane.rate);
-    TRY(ps_profile_time_call(p, &lane, call, beside, &sample, &fits, err));
+    PS_TRY(ps_profile_time_call(p, &lane, call, beside, &sample, &fits, err));
     if (!fits) return PS_OK;
     sample.side = PS_SAMPLE_H2D;
     sample.op = "gather";
@@ -372,19 +372,19 @@ ps_status ps_profile_time_contention(profiler *p, ps_err *err)
     static const load h2d = {PS_LOAD_H2D, NULL}, d2h = {PS_LOAD_D2H, NULL};
     if (!p->has_gpu) return PS_OK;
     run_lane *gpu = &p->lanes[0], *cpus = &p->lanes[1];
-    TRY(ps_profile_step(p, err));
-    TRY(time_copy(p, true, p->copies[0].piece, p->copy_piece, d2h, err));
-    TRY(ps_profile_step(p, err));
-    TRY(time_copy(p, false, p->copies[1].piece, p->copy_piece, h2d, err));
-    TRY(time_beside(p, gpu, gpu->main_call, h2d, err));
-    TRY(time_beside(p, gpu, find_prompt_call(&p->calls[PS_SIDE_DEV]), h2d, err));
-    TRY(time_beside(p, cpus, find_prompt_call(&p->calls[PS_SIDE_HOST]), h2d, err));
+    PS_TRY(ps_profile_step(p, err));
+    PS_TRY(time_copy(p, true, p->copies[0].piece, p->copy_piece, d2h, err));
+    PS_TRY(ps_profile_step(p, err));
+    PS_TRY(time_copy(p, false, p->copies[1].piece, p->copy_piece, h2d, err));
+    PS_TRY(time_beside(p, gpu, gpu->main_call, h2d, err));
+    PS_TRY(time_beside(p, gpu, find_prompt_call(&p->calls[PS_SIDE_DEV]), h2d, err));
+    PS_TRY(time_beside(p, cpus, find_prompt_call(&p->calls[PS_SIDE_HOST]), h2d, err));
     for (uint32_t i = 0; i < p->n_cpu_lanes; i++) {
         load cpu = {PS_LOAD_CPU, &cpus[i]};
-        TRY(time_beside(p, &cpus[i], cpus[i].main_call, h2d, err));
-        TRY(ps_profile_step(p, err));
+        PS_TRY(time_beside(p, &cpus[i], cpus[i].main_call, h2d, err));
+        PS_TRY(ps_profile_step(p, err));
         if (cpus[i].main_call == NULL) continue;
-        TRY(time_copy(p, true, p->copies[0].piece, p->copy_piece, cpu, err));
+        PS_TRY(time_copy(p, true, p->copies[0].piece, p->copy_piece, cpu, err));
     }
     /* What passes gather most: a token's experts, or one of them, where there are any; else other
      * weights, since whatever an op reads there comes at about the same rate. */
@@ -395,10 +395,10 @@ ps_status ps_profile_time_contention(profiler *p, ps_err *err)
         all = &experts;
         small = &expert;
     }
-    TRY(time_gather(p, all, nothing, err));
-    TRY(time_gather(p, small != all ? small : NULL, nothing, err));
+    PS_TRY(time_gather(p, all, nothing, err));
+    PS_TRY(time_gather(p, small != all ? small : NULL, nothing, err));
     if (cpus->main_call == NULL) return PS_OK;
-    TRY(time_gather(p, all, (load){PS_LOAD_CPU, cpus}, err));
-    TRY(ps_profile_step(p, err));
+    PS_TRY(time_gather(p, all, (load){PS_LOAD_CPU, cpus}, err));
+    PS_TRY(ps_profile_step(p, err));
     return time_copy(p, false, p->copies[1].piece, p->copy_piece, (load){PS_LOAD_CPU, cpus}, err);
 }

@@ -100,7 +100,7 @@ static ps_status add_ticks(op_calls *calls, const ps_ticks *t, ps_side side, ps_
         op_call c = {.op = (ps_op_kind)k->op, .side = side, .work = ps_simulate_work(t, i)};
         memcpy(&c.args, t->args + k->index, ps_op_args_bytes(c.op));
         c.fmts = formats_of(c.op, &c.args);
-        TRY(add_call(calls, &c, err));
+        PS_TRY(add_call(calls, &c, err));
     }
     return PS_OK;
 }
@@ -164,7 +164,7 @@ ps_status ps_profile_collect(const ps_model *model, ps_side side, int sm, uint32
         uint32_t n_tok = passes[i].n_tok, kv = passes[i].max_kv;
         if (kv > max_kv) kv = max_kv;
         if (n_tok > max_tok || n_tok > kv || (n_tok == last_tok && kv == last_kv)) continue;
-        TRY(collect_pass(model, side, sm, n_tok, kv, out, err));
+        PS_TRY(collect_pass(model, side, sm, n_tok, kv, out, err));
         last_tok = n_tok;
         last_kv = kv;
     }

@@ -98,9 +98,9 @@ static ps_status upload(
     for (uint64_t done = 0; done < n_bytes;) {
         uint64_t n = ps_min_u64(n_bytes - done, m->staging_bytes);
         memcpy(m->staging, (const uint8_t *)src + done, n);
-        TRY(ps_device_copy_in(
+        PS_TRY(ps_device_copy_in(
             m->device, m->h2d, ps_dptr_add(m->base[a], at + done), m->staging, n, err));
-        TRY(ps_device_sync(m->device, m->h2d, err));
+        PS_TRY(ps_device_sync(m->device, m->h2d, err));
         done += n;
     }
     return PS_OK;
@@ -139,7 +139,7 @@ static ps_status repeat(op_memory *m, area a, uint64_t at, uint64_t n_bytes, con
     for (uint64_t i = 0; i < chunk; i += pattern_bytes)
         memcpy((uint8_t *)m->staging + i, pattern, pattern_bytes);
     for (uint64_t done = 0; done < n_bytes; done += chunk)
-        TRY(ps_device_copy_in(m->device, m->h2d, ps_dptr_add(m->base[a], at + done), m->staging,
+        PS_TRY(ps_device_copy_in(m->device, m->h2d, ps_dptr_add(m->base[a], at + done), m->staging,
             ps_min_u64(chunk, n_bytes - done), err));
     return ps_device_sync(m->device, m->h2d, err);
 }
@@ -186,16 +186,17 @@ ps_status ps_profile_mem_init(op_memory *m, uint64_t n_bytes, ps_err *err)
             (double)n_bytes / (1 << 20));
     ps_dptr at = {((uint64_t)(uintptr_t)m->host + ALIGN - 1) / ALIGN * ALIGN};
     int n_threads = ps_cpu_count() < MAX_FILLERS ? ps_cpu_count() : MAX_FILLERS;
-    if (m->device == NULL && n_bytes >= MANY_BYTES) TRY(ps_pool_create(n_threads, &m->pool, err));
+    if (m->device == NULL && n_bytes >= MANY_BYTES)
+        PS_TRY(ps_pool_create(n_threads, &m->pool, err));
     if (m->device != NULL) {
-        TRY(ps_device_alloc(m->device, n_bytes, &m->dev, err));
+        PS_TRY(ps_device_alloc(m->device, n_bytes, &m->dev, err));
         at = m->dev;
     }
     for (int a = 0; a < AREA_COUNT; a++) {
         m->base[a] = at;
         at = ps_dptr_add(at, m->n_bytes[a]);
     }
-    TRY(fill_segment(m, AREA_IN, PS_FMT_F32, 0, m->n_bytes[AREA_IN], err));
+    PS_TRY(fill_segment(m, AREA_IN, PS_FMT_F32, 0, m->n_bytes[AREA_IN], err));
     return fill_segment(m, AREA_OUT, PS_FMT_F32, 0, m->n_bytes[AREA_OUT], err);
 }
 
@@ -217,7 +218,7 @@ ps_status ps_profile_mem_fill(op_memory *m, uint32_t fmts, ps_err *err)
     m->n_seg = 0;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t fmt = (fmts >> 8 * i & 0xff) - 1;
-        TRY(fill_segment(m, AREA_WEIGHTS, fmt, i * share, share, err));
+        PS_TRY(fill_segment(m, AREA_WEIGHTS, fmt, i * share, share, err));
         m->seg[m->n_seg++] = (segment){.fmt = fmt, .at = i * share, .n_bytes = share};
     }
     m->fmts = fmts;
@@ -550,7 +551,7 @@ ps_status ps_profile_bind(op_memory *m, const op_call *call, const ps_op_args *c
 {
     *n_bound = 0;
     m->ints_used = 0;
-    TRY(ps_profile_mem_fill(m, call->fmts, err));
+    PS_TRY(ps_profile_mem_fill(m, call->fmts, err));
     for (uint32_t i = 0; i < n; i++) {
         out[i] = *cut;
         binder b = {.m = m, .call = call, .args = &out[i], .first = i > 0 ? out : NULL};

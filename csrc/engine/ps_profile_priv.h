@@ -11,12 +11,6 @@
 #include "engine/ps_plan.h"
 #include "engine/ps_simulate.h"
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        ps_status try_status = (call);                                                             \
-        if (try_status != PS_OK) return try_status;                                                \
-    } while (0)
-
 /* ---- op calls (ps_profile_calls.c) ---- */
 
 typedef struct op_call {

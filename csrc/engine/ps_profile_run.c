@@ -33,8 +33,8 @@ static ps_status open_lane(
 {
     l->device = device;
     l->ops = ops;
-    TRY(ps_stream_create(device, role, &l->stream, err));
-    TRY(ps_event_create(device, &l->from, err));
+    PS_TRY(ps_stream_create(device, role, &l->stream, err));
+    PS_TRY(ps_event_create(device, &l->from, err));
     return ps_event_create(device, &l->to, err);
 }
 
@@ -57,7 +57,7 @@ static ps_status open_cpu_lane(profiler *p, uint32_t threads, ps_err *err)
             .cpu_ops = p->spec->cpu_ops,
             .cpu_scratch_bytes =
                 ps_plan_cpu_scratch_bytes(p->model, p->max_kv, p->max_tok, (int)threads)};
-        TRY(ps_device_open("host", &o, &device, err));
+        PS_TRY(ps_device_open("host", &o, &device, err));
     }
     p->n_lanes++;
     p->n_cpu_lanes++;
@@ -73,20 +73,20 @@ static ps_status open_cpu_lanes(profiler *p, ps_err *err)
     uint32_t all = p->spec->threads;
     if (all == 0) all = (uint32_t)ps_device_default_threads(beside_gpu ? "cuda" : "host");
     uint32_t counts[MAX_CPU_LANES] = {all, all / 2, all >= 16 ? all / 4 : 1, 1};
-    TRY(open_cpu_lane(p, all, err));
+    PS_TRY(open_cpu_lane(p, all, err));
     if (p->virtual_clock) return PS_OK; /* which charges any number of threads alike */
     for (int i = 1; i < MAX_CPU_LANES; i++)
-        if (counts[i] > 0 && counts[i] < counts[i - 1]) TRY(open_cpu_lane(p, counts[i], err));
+        if (counts[i] > 0 && counts[i] < counts[i - 1]) PS_TRY(open_cpu_lane(p, counts[i], err));
     return PS_OK;
 }
 
 static ps_status open_copy_lane(profiler *p, int i, ps_err *err)
 {
     copy_lane *c = &p->copies[i];
-    TRY(ps_stream_create(p->device, i == 0 ? PS_STREAM_H2D : PS_STREAM_D2H, &c->stream, err));
-    TRY(ps_event_create(p->device, &c->from, err));
-    TRY(ps_event_create(p->device, &c->to, err));
-    TRY(ps_device_locked_alloc(p->device, p->copy_bytes, &c->host, err));
+    PS_TRY(ps_stream_create(p->device, i == 0 ? PS_STREAM_H2D : PS_STREAM_D2H, &c->stream, err));
+    PS_TRY(ps_event_create(p->device, &c->from, err));
+    PS_TRY(ps_event_create(p->device, &c->to, err));
+    PS_TRY(ps_device_locked_alloc(p->device, p->copy_bytes, &c->host, err));
     memset(c->host, 1, p->copy_bytes);
     c->piece = ps_dptr_add(p->copy_area, (uint64_t)i * p->copy_piece);
     return PS_OK;
@@ -96,7 +96,7 @@ static ps_status open_accelerator(profiler *p, uint64_t host_bytes, ps_err *err)
 {
     uint64_t n_bytes = p->spec->device_bytes, n_free = 0, n_total = 0;
     if (n_bytes == 0) n_bytes = DEFAULT_DEVICE_BYTES;
-    TRY(ps_device_mem_info(p->device, &n_free, &n_total, err));
+    PS_TRY(ps_device_mem_info(p->device, &n_free, &n_total, err));
     n_bytes = ps_min_u64(n_bytes, n_free / 2);
     p->copy_bytes = MIN_COPY_BYTES;
     while (2 * p->copy_bytes <= ps_min_u64(host_bytes / 8, MAX_COPY_BYTES)) p->copy_bytes *= 2;
@@ -105,16 +105,16 @@ static ps_status open_accelerator(profiler *p, uint64_t host_bytes, ps_err *err)
     if (p->copy_piece < MIN_COPY_BYTES)
         return ps_fail(err, PS_EDEVICE, "%.1f MiB of device memory are too few to measure with",
             (double)n_bytes / (1 << 20));
-    TRY(ps_device_alloc(p->device, 2 * p->copy_piece, &p->copy_area, err));
-    for (int i = 0; i < 2; i++) TRY(open_copy_lane(p, i, err));
-    TRY(ps_device_locked_alloc(p->device, PROFILE_FLAG_BYTES, &p->flags, err));
-    TRY(open_lane(&p->flags_lane, p->device, PS_STREAM_CPU, p->spec->cpu_ops, err));
+    PS_TRY(ps_device_alloc(p->device, 2 * p->copy_piece, &p->copy_area, err));
+    for (int i = 0; i < 2; i++) PS_TRY(open_copy_lane(p, i, err));
+    PS_TRY(ps_device_locked_alloc(p->device, PROFILE_FLAG_BYTES, &p->flags, err));
+    PS_TRY(open_lane(&p->flags_lane, p->device, PS_STREAM_CPU, p->spec->cpu_ops, err));
     op_memory *m = &p->dev_mem;
     m->device = p->device;
     m->h2d = p->copies[0].stream;
     m->staging = p->copies[0].host;
     m->staging_bytes = p->copy_bytes;
-    TRY(ps_profile_mem_init(m, n_bytes - 2 * p->copy_piece, err));
+    PS_TRY(ps_profile_mem_init(m, n_bytes - 2 * p->copy_piece, err));
     run_lane *l = &p->lanes[p->n_lanes++];
     l->mem = m;
     l->sm = p->device->info.sm;
@@ -135,8 +135,8 @@ ps_status ps_profile_lanes_open(profiler *p, ps_err *err)
     p->has_gpu = p->device->info.kind != PS_DEVICE_HOST;
     p->virtual_clock = p->device->info.virtual_clock;
     uint64_t host_bytes = p->spec->host_bytes > 0 ? p->spec->host_bytes : default_host_bytes(p);
-    if (p->has_gpu) TRY(open_accelerator(p, host_bytes, err));
-    TRY(ps_profile_mem_init(&p->host_mem, host_bytes - 2 * p->copy_bytes, err));
+    if (p->has_gpu) PS_TRY(open_accelerator(p, host_bytes, err));
+    PS_TRY(ps_profile_mem_init(&p->host_mem, host_bytes - 2 * p->copy_bytes, err));
     return open_cpu_lanes(p, err);
 }
 
@@ -185,7 +185,7 @@ static ps_status enqueue_runs(run_lane *l, const op_call *call, const ps_op_args
     for (uint32_t i = 0; i < n; i++) {
         const ps_op_args *args = &bound[i % n_bound];
         ps_cost cost = ps_op_cost(call->op, args);
-        TRY(ps_device_run(l->device, l->stream, l->ops->op[call->op], args,
+        PS_TRY(ps_device_run(l->device, l->stream, l->ops->op[call->op], args,
             ps_op_args_bytes(call->op), &cost, err));
     }
     return PS_OK;
@@ -204,7 +204,7 @@ ps_status ps_profile_start_load(profiler *p, load beside, uint64_t ns, ps_err *e
         uint32_t n_bound = 0;
         ps_op_args whole;
         ps_profile_cut(l->main_call, 1, &whole);
-        TRY(ps_profile_bind(
+        PS_TRY(ps_profile_bind(
             l->mem, l->main_call, &whole, l->sm, MAX_BOUND, p->load_bound, &n_bound, err));
         ps_check_bug(n_bound > 0, err);
         return enqueue_runs(
@@ -213,7 +213,7 @@ ps_status ps_profile_start_load(profiler *p, load beside, uint64_t ns, ps_err *e
     copy_lane *c = &p->copies[beside.kind == PS_LOAD_D2H];
     uint32_t n = beside.kind == PS_LOAD_IDLE ? 0 : count_for(ns, c->piece_ns);
     for (uint32_t i = 0; i < n; i++)
-        TRY(ps_profile_copy(p, beside.kind == PS_LOAD_H2D, c->piece, p->copy_piece, err));
+        PS_TRY(ps_profile_copy(p, beside.kind == PS_LOAD_H2D, c->piece, p->copy_piece, err));
     return PS_OK;
 }
 
@@ -279,7 +279,7 @@ typedef struct batch {
 static ps_status record_batch(batch *b, const ps_op_args *bound, ps_err *err)
 {
     run_lane *l = b->lane;
-    TRY(ps_graph_begin(l->device, l->stream, err));
+    PS_TRY(ps_graph_begin(l->device, l->stream, err));
     ps_status status = enqueue_runs(l, b->call, bound, b->n_bound, b->n, err);
     ps_status ended = ps_graph_end(l->device, l->stream, &b->graph, err);
     return status != PS_OK ? status : ended;
@@ -296,14 +296,14 @@ static ps_status time_once(profiler *p, batch *b, load beside, uint64_t beside_n
     bool *covered, ps_err *err)
 {
     run_lane *l = b->lane;
-    TRY(ps_profile_start_load(p, beside, beside_ns, err));
-    if (b->leads_in) TRY(enqueue_batch(p, b, 1, err));
-    TRY(ps_device_record(l->device, l->stream, l->from, err));
-    TRY(enqueue_batch(p, b, b->n, err));
-    TRY(ps_device_record(l->device, l->stream, l->to, err));
-    TRY(ps_device_sync(l->device, l->stream, err));
+    PS_TRY(ps_profile_start_load(p, beside, beside_ns, err));
+    if (b->leads_in) PS_TRY(enqueue_batch(p, b, 1, err));
+    PS_TRY(ps_device_record(l->device, l->stream, l->from, err));
+    PS_TRY(enqueue_batch(p, b, b->n, err));
+    PS_TRY(ps_device_record(l->device, l->stream, l->to, err));
+    PS_TRY(ps_device_sync(l->device, l->stream, err));
     *covered = ps_profile_is_loaded(p, beside);
-    TRY(ps_profile_end_load(p, beside, err));
+    PS_TRY(ps_profile_end_load(p, beside, err));
     return ps_device_elapsed(l->device, l->from, l->to, ns, err);
 }
 
@@ -316,7 +316,7 @@ static ps_status time_batch(
     double work = work_of(b->call, p->bound) * b->n;
     for (uint32_t i = 0; i < n_wanted; i++) {
         bool covered = true;
-        TRY(time_once(p, b, beside, beside_ns, &times[n], &covered, err));
+        PS_TRY(time_once(p, b, beside, beside_ns, &times[n], &covered, err));
         uint64_t now = ps_clock_ns(), real_ns = p->virtual_clock ? now - before : times[n];
         if (beside.kind == PS_LOAD_IDLE)
             b->lane->rate[b->call->op] = work * 1e9 / (double)ps_max_u64(real_ns, 1);
@@ -340,7 +340,7 @@ static ps_status time_runs(profiler *p, run_lane *l, const op_call *call, const 
     uint32_t n, load beside, uint64_t slice_ns, uint64_t *ns, ps_err *err)
 {
     uint32_t n_bound = 0;
-    TRY(ps_profile_bind(l->mem, call, cut, l->sm, n, p->bound, &n_bound, err));
+    PS_TRY(ps_profile_bind(l->mem, call, cut, l->sm, n, p->bound, &n_bound, err));
     ps_check_bug(n_bound > 0, err);
     batch b = {.lane = l, .call = call, .n_bound = n_bound, .n = n};
     b.leads_in = !p->virtual_clock && n > 1;
@@ -364,17 +364,17 @@ static ps_status time_share(profiler *p, run_lane *l, const op_call *call, doubl
     double done = 0;
     for (; n_bound == 0; share /= 2) {
         done = ps_profile_cut(call, share, &cut);
-        TRY(ps_profile_bind(l->mem, call, &cut, l->sm, 1, p->bound, &n_bound, err));
+        PS_TRY(ps_profile_bind(l->mem, call, &cut, l->sm, 1, p->bound, &n_bound, err));
         if (n_bound == 0 && share < MIN_SHARE) return PS_OK;
     }
     double most_ns = (double)ps_min_u64(slice_ns / MAX_TIMES, BATCH_NS);
     double n_most = most_ns / (work_of(call, &cut) / l->rate[call->op] * 1e9);
     if (!p->virtual_clock) n = n_most < 1 ? 1 : n_most < MAX_BOUND ? (uint32_t)n_most : MAX_BOUND;
-    TRY(time_runs(p, l, call, &cut, n, beside, slice_ns, &ns, err));
+    PS_TRY(time_runs(p, l, call, &cut, n, beside, slice_ns, &ns, err));
     /* Faster than thought: a longer row, beside which its beginning and end are nothing. */
     if (!p->virtual_clock && n < MAX_BOUND && ns < BATCH_NS / 8) {
         n = MAX_BOUND;
-        TRY(time_runs(p, l, call, &cut, n, beside, slice_ns, &ns, err));
+        PS_TRY(time_runs(p, l, call, &cut, n, beside, slice_ns, &ns, err));
     }
     *out = (part_time){done, (double)ns * 1e-9 / n};
     return PS_OK;
@@ -388,12 +388,12 @@ static ps_status probe(profiler *p, run_lane *l, const op_call *call, ps_err *er
     ps_profile_cut(call, 1, &cut);
     for (double share = PROBE_WORK / work_of(call, &cut); n_bound == 0; share /= 2) {
         ps_profile_cut(call, share < 1 ? share : 1, &cut);
-        TRY(ps_profile_bind(l->mem, call, &cut, l->sm, 1, p->bound, &n_bound, err));
+        PS_TRY(ps_profile_bind(l->mem, call, &cut, l->sm, 1, p->bound, &n_bound, err));
         if (n_bound == 0 && share < MIN_SHARE * MIN_SHARE) return PS_OK;
     }
     uint64_t start = ps_clock_ns();
-    TRY(enqueue_runs(l, call, p->bound, 1, 1, err));
-    TRY(ps_device_sync(l->device, l->stream, err));
+    PS_TRY(enqueue_runs(l, call, p->bound, 1, 1, err));
+    PS_TRY(ps_device_sync(l->device, l->stream, err));
     l->rate[call->op] = work_of(call, &cut) * 1e9 / (double)ps_max_u64(ps_clock_ns() - start, 1);
     return PS_OK;
 }
@@ -418,7 +418,7 @@ ps_status ps_profile_time_call(profiler *p, run_lane *l, const op_call *call, lo
 {
     uint64_t slice = ps_profile_allowance_ns(p);
     *fits = false;
-    if (!(l->rate[call->op] > 0)) TRY(probe(p, l, call, err));
+    if (!(l->rate[call->op] > 0)) PS_TRY(probe(p, l, call, err));
     if (!(l->rate[call->op] > 0)) return PS_OK;
     ps_op_args whole;
     ps_profile_cut(call, 1, &whole);
@@ -429,13 +429,13 @@ ps_status ps_profile_time_call(profiler *p, run_lane *l, const op_call *call, lo
     if (share < PROBE_WORK / work) share = PROBE_WORK / work;
     if (share > 1) share = 1;
     part_time large = {0}, small = {0};
-    TRY(time_share(p, l, call, share, beside, slice, &large, err));
+    PS_TRY(time_share(p, l, call, share, beside, slice, &large, err));
     if (!(large.share > 0)) return PS_OK;
     if (large.share < 1)
-        TRY(time_share(p, l, call, large.share / 2, beside, slice / 2, &small, err));
+        PS_TRY(time_share(p, l, call, large.share / 2, beside, slice / 2, &small, err));
     if (large.share < 1 && small.share >= large.share) { /* it was the least: one up, then */
         small = large;
-        TRY(time_share(p, l, call, 2 * small.share, beside, slice, &large, err));
+        PS_TRY(time_share(p, l, call, 2 * small.share, beside, slice, &large, err));
     }
     *fits = true;
     *out = (ps_sample){.side = l->threads == 0 ? PS_SAMPLE_GPU : PS_SAMPLE_CPU,

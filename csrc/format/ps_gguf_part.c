@@ -15,12 +15,6 @@
 
 #include "format/ps_utf8.h"
 
-#define TRY(call)                                                                                  \
-    do {                                                                                           \
-        const ps_status try_ = (call);                                                             \
-        if (try_ != PS_OK) return try_;                                                            \
-    } while (0)
-
 enum {
     MIN_KV_BYTES = 14,          /* length, a key of 1, type, a value of 1 */
     MIN_TENSOR_BYTES = 33,      /* length, a name of 1, n_dims, one dimension, type, offset */
@@ -130,7 +124,7 @@ static ps_status load(cursor *c, uint64_t end)
     uint8_t *grown = ps_realloc(p->meta_owned, want, 1);
     if (grown == NULL) return fail_memory(p, c->err);
     p->meta = p->meta_owned = grown;
-    TRY(ps_gguf_part_read(p, c->n_loaded, grown + c->n_loaded, want - c->n_loaded, c->err));
+    PS_TRY(ps_gguf_part_read(p, c->n_loaded, grown + c->n_loaded, want - c->n_loaded, c->err));
     c->n_loaded = want;
     return PS_OK;
 }
@@ -152,7 +146,7 @@ static ps_status need(cursor *c, uint64_t n)
 
 static ps_status take(cursor *c, uint64_t n_bytes, uint64_t *out)
 {
-    TRY(need(c, n_bytes));
+    PS_TRY(need(c, n_bytes));
     *out = 0;
     memcpy(out, c->p->meta + c->pos, n_bytes); /* both little-endian */
     c->pos += n_bytes;
@@ -168,7 +162,7 @@ static uint64_t n_left(const cursor *c)
  * refused at once. */
 static ps_status take_count(cursor *c, uint64_t min_bytes, uint64_t *out)
 {
-    TRY(take(c, 8, out));
+    PS_TRY(take(c, 8, out));
     if (*out > n_left(c) / min_bytes)
         return fail_at(c, c->pos - 8,
             "a count of %llu, and the rest of the file has room for %llu at most",
@@ -179,8 +173,8 @@ static ps_status take_count(cursor *c, uint64_t min_bytes, uint64_t *out)
 /* A length and that many bytes of UTF-8; the cursor ends behind them. */
 static ps_status take_text(cursor *c, bool printable, uint64_t *n_bytes)
 {
-    TRY(take(c, 8, n_bytes));
-    TRY(need(c, *n_bytes));
+    PS_TRY(take(c, 8, n_bytes));
+    PS_TRY(need(c, *n_bytes));
     const uint64_t n_valid = ps_utf8_valid(c->p->meta + c->pos, *n_bytes, printable);
     if (n_valid < *n_bytes)
         return fail_at(c, c->pos + n_valid, "byte %llu of the text is %s",
@@ -196,12 +190,12 @@ static ps_status take_name(cursor *c, uint64_t most)
     ps_gguf_part *p = c->p;
     uint64_t n = 0;
     const uint64_t start = c->pos;
-    TRY(take(c, 8, &n));
+    PS_TRY(take(c, 8, &n));
     if (n == 0 || n > most)
         return fail_at(c, start, "its length is %llu, allowed are 1 to %llu bytes",
             (unsigned long long)n, (unsigned long long)most);
     c->pos = start;
-    TRY(take_text(c, true, &n));
+    PS_TRY(take_text(c, true, &n));
     if (c->n_names_cap - c->n_names < n + 1) {
         const uint64_t cap = ps_max_u64(2 * c->n_names_cap, ps_max_u64(4096, 2 * (n + 1)));
         char *grown = ps_realloc(p->names, cap, 1);
@@ -234,8 +228,8 @@ static ps_status take_numbers(cursor *c, uint32_t type, uint64_t n)
     if (!ps_mul_u64(n, ps_gguf_type_bytes(type), &n_bytes) || n_bytes > n_left(c))
         return fail_at(c, c->pos, "%llu values of type %s need more bytes than the file has left",
             (unsigned long long)n, ps_gguf_type_name((ps_gguf_type)type));
-    TRY(need(c, n_bytes));
-    if (type == PS_GGUF_BOOL) TRY(check_bools(c, n_bytes));
+    PS_TRY(need(c, n_bytes));
+    if (type == PS_GGUF_BOOL) PS_TRY(check_bools(c, n_bytes));
     c->pos += n_bytes;
     return PS_OK;
 }
@@ -257,7 +251,7 @@ static ps_status take_strings(cursor *c, ps_gguf_kv *kv)
             kv->i_str = i_str = grown; /* owned by the entry from here on, also on failure */
         }
         i_str[i] = (uint32_t)(c->pos - start); /* fits: metadata has at most 2^30 bytes */
-        TRY(take_text(c, false, &n_bytes));
+        PS_TRY(take_text(c, false, &n_bytes));
     }
     return PS_OK;
 }
@@ -266,7 +260,7 @@ static ps_status take_value(cursor *c, ps_gguf_kv *kv)
 {
     uint64_t type = 0, n_bytes = 0;
     c->sub = "type";
-    TRY(take(c, 4, &type));
+    PS_TRY(take(c, 4, &type));
     if (type >= PS_GGUF_TYPE_COUNT)
         return fail_at(c, c->pos - 4, "value type %llu does not exist", (unsigned long long)type);
     kv->type = kv->elem_type = (ps_gguf_type)type;
@@ -274,24 +268,24 @@ static ps_status take_value(cursor *c, ps_gguf_kv *kv)
     c->sub = "value";
     if (type == PS_GGUF_ARR) {
         c->sub = "elem_type";
-        TRY(take(c, 4, &type));
+        PS_TRY(take(c, 4, &type));
         if (type == PS_GGUF_ARR) return fail_at(c, c->pos - 4, "arrays of arrays are not allowed");
         if (type >= PS_GGUF_TYPE_COUNT)
             return fail_at(
                 c, c->pos - 4, "element type %llu does not exist", (unsigned long long)type);
         kv->elem_type = (ps_gguf_type)type;
         c->sub = "count";
-        TRY(take(c, 8, &kv->n));
+        PS_TRY(take(c, 8, &kv->n));
         c->sub = "value";
     } else if (type == PS_GGUF_STR) {
         kv->offset = c->pos;
-        TRY(take_text(c, false, &n_bytes));
+        PS_TRY(take_text(c, false, &n_bytes));
         kv->n_bytes = n_bytes;
         kv->offset += 8; /* of the text, behind its length */
         return PS_OK;
     }
     kv->offset = c->pos;
-    TRY(type == PS_GGUF_STR ? take_strings(c, kv) : take_numbers(c, (uint32_t)type, kv->n));
+    PS_TRY(type == PS_GGUF_STR ? take_strings(c, kv) : take_numbers(c, (uint32_t)type, kv->n));
     kv->n_bytes = c->pos - kv->offset;
     return PS_OK;
 }
@@ -311,10 +305,10 @@ static ps_status take_kvs(cursor *c, uint64_t n)
         c->i = i;
         c->sub = "key";
         c->i_name = UINT64_MAX;
-        TRY(take_name(c, PS_GGUF_MAX_KEY_BYTES));
+        PS_TRY(take_name(c, PS_GGUF_MAX_KEY_BYTES));
         p->n_kv = i + 1; /* now: fini frees what the entry gets, complete or not */
         p->kvs[i].key = (const char *)(uintptr_t)c->i_name;
-        TRY(take_value(c, &p->kvs[i]));
+        PS_TRY(take_value(c, &p->kvs[i]));
     }
     return PS_OK;
 }
@@ -386,10 +380,10 @@ static ps_status take_tensor(cursor *c, ps_gguf_tensor *t)
     uint64_t value = 0;
     c->sub = "name";
     c->i_name = UINT64_MAX;
-    TRY(take_name(c, PS_GGUF_MAX_NAME_BYTES));
+    PS_TRY(take_name(c, PS_GGUF_MAX_NAME_BYTES));
     t->name = (const char *)(uintptr_t)c->i_name;
     c->sub = "n_dims";
-    TRY(take(c, 4, &value));
+    PS_TRY(take(c, 4, &value));
     if (value < 1 || value > PS_GGUF_MAX_DIMS)
         return fail_at(c, c->pos - 4, "%llu dimensions, allowed are 1 to %d",
             (unsigned long long)value, PS_GGUF_MAX_DIMS);
@@ -398,13 +392,13 @@ static ps_status take_tensor(cursor *c, ps_gguf_tensor *t)
     for (uint32_t d = 0; d < PS_GGUF_MAX_DIMS; d++) {
         t->dims[d] = 1;
         if (d >= t->n_dims) continue;
-        TRY(take(c, 8, &t->dims[d]));
+        PS_TRY(take(c, 8, &t->dims[d]));
         if (t->dims[d] == 0) return fail_at(c, c->pos - 8, "dimension %u is 0", d);
     }
     c->sub = "type";
-    TRY(take(c, 4, &value));
+    PS_TRY(take(c, 4, &value));
     t->fmt = (uint32_t)value;
-    TRY(size_tensor(c, t));
+    PS_TRY(size_tensor(c, t));
     c->sub = "offset";
     return take(c, 8, &t->offset);
 }
@@ -423,7 +417,7 @@ static ps_status take_directory(cursor *c, uint64_t n)
             c->n_tensors_cap = cap;
         }
         c->i = i;
-        TRY(take_tensor(c, &p->tensors[i]));
+        PS_TRY(take_tensor(c, &p->tensors[i]));
         p->n_tensors = i + 1;
     }
     return PS_OK;
@@ -528,11 +522,11 @@ static ps_status take_header(cursor *c, uint64_t *n_tensors, uint64_t *n_kv)
     uint64_t magic = 0, version = 0;
     c->sub = "magic";
     if (c->p->file_bytes == 0) return fail_at(c, 0, "the file is empty");
-    TRY(take(c, 4, &magic));
+    PS_TRY(take(c, 4, &magic));
     if (magic != 0x46554747u) /* "GGUF" */
         return fail_at(c, 0, "not a GGUF file, which begins with the letters GGUF");
     c->sub = "version";
-    TRY(take(c, 4, &version));
+    PS_TRY(take(c, 4, &version));
     if (version != 0 && (version & 0xffffu) == 0)
         return fail_unsupported(c->p, c->err, "big-endian GGUF", 4, "little-endian",
             "the file is big-endian; convert it to little-endian first");
@@ -547,7 +541,7 @@ static ps_status take_header(cursor *c, uint64_t *n_tensors, uint64_t *n_kv)
     }
     c->p->version = (uint32_t)version;
     c->sub = "n_tensors";
-    TRY(take_count(c, MIN_TENSOR_BYTES, n_tensors));
+    PS_TRY(take_count(c, MIN_TENSOR_BYTES, n_tensors));
     c->sub = "n_kv";
     return take_count(c, MIN_KV_BYTES, n_kv);
 }
@@ -585,9 +579,9 @@ static ps_status parse(ps_gguf_part *p, uint64_t n_loaded, ps_err *err)
 {
     cursor c = {.p = p, .err = err, .n_loaded = n_loaded, .i_name = UINT64_MAX};
     uint64_t n_tensors = 0, n_kv = 0;
-    TRY(take_header(&c, &n_tensors, &n_kv));
-    TRY(take_kvs(&c, n_kv));
-    TRY(take_directory(&c, n_tensors));
+    PS_TRY(take_header(&c, &n_tensors, &n_kv));
+    PS_TRY(take_kvs(&c, n_kv));
+    PS_TRY(take_directory(&c, n_tensors));
     p->meta_bytes = c.pos;
     if (p->meta_owned != NULL && n_loaded < c.n_loaded && c.n_loaded - c.pos > FIRST_READ_BYTES) {
         uint8_t *smaller = ps_realloc(p->meta_owned, p->meta_bytes, 1);
@@ -595,8 +589,8 @@ static ps_status parse(ps_gguf_part *p, uint64_t n_loaded, ps_err *err)
         p->meta = p->meta_owned = smaller;
     }
     settle(p);
-    TRY(read_alignment(p, err));
-    TRY(place_tensors(p, err));
+    PS_TRY(read_alignment(p, err));
+    PS_TRY(place_tensors(p, err));
     return check_overlaps(p, err);
 }
 
@@ -644,9 +638,9 @@ ps_status ps_gguf_part_open(ps_gguf_part *p, const char *path, const ps_gguf_io 
     if (io != NULL) p->io = *io;
     p->path = ps_strdup(path);
     if (p->path == NULL) return ps_fail(err, PS_ENOMEM, "out of host memory opening %s", path);
-    TRY(open_file(p, err));
-    TRY(parse(p, 0, err));
-    TRY(map_file(p, err));
+    PS_TRY(open_file(p, err));
+    PS_TRY(parse(p, 0, err));
+    PS_TRY(map_file(p, err));
     point_into_map(p);
     return PS_OK;
 }
@@ -657,7 +651,7 @@ ps_status ps_gguf_part_open_memory(
     *p = (ps_gguf_part){.fd = -1, .map = bytes, .meta = bytes, .file_bytes = n_bytes};
     p->path = ps_strdup(name);
     if (p->path == NULL) return ps_fail(err, PS_ENOMEM, "out of host memory opening %s", name);
-    TRY(parse(p, n_bytes, err));
+    PS_TRY(parse(p, n_bytes, err));
     point_into_map(p);
     return PS_OK;
 }
