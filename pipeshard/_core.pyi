@@ -111,8 +111,13 @@ class Plan:
     def ticks(
         self, n_tok: int, n_out: int = 1, max_kv: int = 0, first: int = 0
     ) -> npt.NDArray[np.void]: ...
-    def makespan(
-        self, n_tok: int, n_out: int, max_kv: int, ns: npt.NDArray[np.uint64], first: int = 0
+    def walk(
+        self,
+        n_tok: int,
+        n_out: int,
+        max_kv: int,
+        first: int,
+        price: Callable[[npt.NDArray[np.void], Any], npt.NDArray[np.uint64] | None],
     ) -> dict[str, Any]: ...
     @staticmethod
     def tick_names() -> tuple[

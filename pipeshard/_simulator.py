@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,40 @@ class PassTime:
     flops: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Priced:
+    """Ticks of a pass, and what each takes."""
+
+    ticks: npt.NDArray[np.void]
+    seconds: npt.NDArray[np.float64]
+
+
+class _Busy:
+    """When one stream was at work, tick by tick."""
+
+    def __init__(self, end: npt.NDArray[np.float64], seconds: npt.NDArray[np.float64]) -> None:
+        self.start, self.end, self.seconds = end - seconds, end, np.maximum(seconds, 1e-12)
+        self.total = float(seconds.sum())
+
+    def during(self, other: _Busy) -> npt.NDArray[np.float64]:
+        """Of each tick of the other, the seconds in which this one worked too."""
+        if not len(self.end):
+            return np.zeros(len(other.end))
+        at = np.stack((self.start, self.end), axis=1).ravel()
+        done = np.concatenate(((0.0,), np.cumsum(self.end - self.start)))
+        worked = np.repeat(done, 2)[1:-1]  # until then
+        both: npt.NDArray[np.float64] = np.interp(other.end, at, worked)
+        both -= np.interp(other.start, at, worked)
+        return both
+
+    def share(self, seconds: float) -> float:
+        return min(1.0, seconds / self.total) if self.total > 0 else 0.0
+
+
+def _as_ns(seconds: npt.NDArray[np.float64]) -> npt.NDArray[np.uint64]:
+    return (seconds * 1e9 + 0.5).astype(np.uint64)
+
+
 @cache
 def _names() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str | None, ...]]:
     return _core.Plan.tick_names()
@@ -72,16 +106,22 @@ class Simulator:
     ) -> PassTime:
         """n_tok tokens behind `first` others; n_kv: keys in all where they are of several sequences."""
         max_kv = n_kv or first + n_tok
-        ticks = core.ticks(n_tok, n_out, max_kv, first)
         graph = n_tok <= GRAPH_TOK
-        seconds = self._price(
-            ticks, graph, 1.0 if self.is_virtual else self._fill(core, n_tok, max_kv)
-        )
-        span = self._makespan(core, (n_tok, n_out, max_kv, first), seconds)
-        slower = self._contended(ticks, seconds, span)
-        if slower is not None:
-            span = self._makespan(core, (n_tok, n_out, max_kv, first), slower)
-        return self._finish(ticks, span, graph)
+        fill = 1.0 if self.is_virtual else self._fill(core, n_tok, max_kv)
+        priced: list[_Priced] = []
+
+        def price(ticks: npt.NDArray[np.void], span: Any) -> npt.NDArray[np.uint64] | None:
+            if span is None:
+                priced.append(self._price(ticks, graph, fill))
+                return _as_ns(priced[0].seconds)
+            slower = self._contended(priced[0], span) if len(priced) == 1 else None
+            if slower is None:
+                return None
+            priced.append(replace(priced[0], seconds=slower))
+            return _as_ns(slower)
+
+        span = core.walk(n_tok, n_out, max_kv, first, price)
+        return self._finish(priced[0].ticks, span, graph)
 
     @staticmethod
     def _fill(core: _core.Plan, n_tok: int, max_kv: int) -> float:
@@ -93,17 +133,7 @@ class Simulator:
             bucket *= 2
         return max_kv / bucket
 
-    @staticmethod
-    def _makespan(
-        core: _core.Plan, which: tuple[int, int, int, int], seconds: npt.NDArray[np.float64]
-    ) -> dict[str, Any]:
-        n_tok, n_out, max_kv, first = which
-        ns = (seconds * 1e9 + 0.5).astype(np.uint64)
-        return core.makespan(n_tok, n_out, max_kv, ns, first)
-
-    def _price(
-        self, ticks: npt.NDArray[np.void], graph: bool, fill: float
-    ) -> npt.NDArray[np.float64]:
+    def _price(self, ticks: npt.NDArray[np.void], graph: bool, fill: float) -> _Priced:
         """Seconds of each tick with nothing beside it. Most ticks of a pass are alike, so few are asked about."""
         alike = np.zeros(len(ticks), np.uint64)
         for name in (
@@ -122,7 +152,7 @@ class Simulator:
             alike ^= alike >> np.uint64(29)
         _, where, which = np.unique(alike, return_index=True, return_inverse=True)
         prices = np.array([self._seconds(ticks[i], graph, fill) for i in where])
-        return prices[which]
+        return _Priced(ticks, prices[which])
 
     def _seconds(self, tick: Any, graph: bool, fill: float) -> float:
         kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied = tick.item()
@@ -144,39 +174,50 @@ class Simulator:
         node = self.cost.seconds("graph_node", Shape(), "fixed") if graph else 0.0
         near = self.cost.seconds(name, shape, "vram")
         if bus_bytes:  # what the GPU reads from host memory itself, while it reads what is near
-            start = self.cost.seconds(name, shape._replace(flops=0, bytes=0), "vram")
-            near = max(near, start + self.cost.seconds("gather", Shape(bytes=bus_bytes), "h2d"))
+            near = max(near, self.cost.seconds("gather", Shape(bytes=bus_bytes), "h2d"))
         return near + node
 
     def _contended(
-        self,
-        ticks: npt.NDArray[np.void],
-        seconds: npt.NDArray[np.float64],
-        span: Mapping[str, Any],
+        self, priced: _Priced, span: Mapping[str, Any]
     ) -> npt.NDArray[np.float64] | None:
-        """Seconds of each tick beside what else ran in that first walk: the bus and the CPU share the host's memory,
-        and a hand-off takes longer over a busy bus. None: nothing changes."""
-        streams = _names()[1]
-        busy, both = span["busy_ns"], span["cpu_h2d_ns"]
-        factors = np.ones(len(streams))
-        for stream, load in (("cpu", "h2d"), ("h2d", "cpu")):
-            place: Where = "cpu" if stream == "cpu" else "h2d"
-            share = both / busy[stream] if busy[stream] else 0.0
-            op = "copy" if place == "h2d" else "matmul"
-            alone, beside = (self.cost.seconds(op, _PROBE, place, how) for how in ("idle", load))
-            if alone > 0 and beside > alone:
-                factors[streams.index(stream)] += share * (beside / alone - 1.0)
-        flag, slow_flag = (
-            self.cost.seconds("flag", Shape(), "fixed", load) for load in ("idle", "h2d")
-        )
-        bus_share = min(1.0, busy["h2d"] / max(1, span["total_ns"]))
-        flag_more = bus_share * (slow_flag / flag - 1.0) if slow_flag > flag > 0 else 0.0
-        if factors.max() == 1.0 and flag_more == 0.0:
-            return None
-        slower: npt.NDArray[np.float64] = seconds * factors[ticks["stream"]]
-        waits = ticks["kind"] == _names()[0].index("flag_wait")
-        slower[waits] = seconds[waits] * (1.0 + flag_more)
-        return slower
+        """Seconds of each tick beside what else ran in that first walk: bus and CPU share the host's memory, copies and
+        the GPU's own reads of it share the bus, and a hand-off takes longer over a busy one. None: nothing changes.
+        """
+        ticks, seconds = priced.ticks, priced.seconds
+        kinds, streams = _names()[:2]
+        runs, on_cpu = ticks["kind"] == kinds.index("run"), ticks["stream"] == streams.index("cpu")
+        copying = ticks["kind"] == kinds.index("copy_in")
+        reading = runs & ~on_cpu & (ticks["bus_bytes"] > 0)
+        if self.is_virtual or not (copying.any() or reading.any()):
+            return None  # streams of the virtual clock know nothing of each other
+        end = span["end_ns"] * 1e-9
+        cpu, copies = (_Busy(end[on], seconds[on]) for on in (runs & on_cpu, copying))
+        reads = _Busy(end[reading], seconds[reading])
+        # Of the bus, which copies fill, what these reads would take if they had it for themselves.
+        part = np.minimum(1.0, ticks["bus_bytes"][reading] / self._bus_rate / reads.seconds)
+        beside_copies, beside_cpu = copies.during(reads), cpu.during(reads)
+        on_bus = copies.during(cpu).sum() + part @ beside_cpu
+        slower: npt.NDArray[np.float64] = seconds.copy()
+        slower[runs & on_cpu] *= 1.0 + cpu.share(on_bus) * self._more("matmul", "cpu", "h2d")
+        # Both halves of the bus, where both want it; one that wants less than half is not kept waiting.
+        lost = beside_copies @ np.minimum(1.0, part / np.maximum(1.0 - part, 1e-9))
+        both = copies.share(cpu.during(copies).sum()) * self._more("copy", "h2d", "cpu")
+        slower[copying] *= 1.0 + both + copies.share(lost)
+        slower[reading] += beside_copies * np.maximum(0.0, 2.0 * part - 1.0)
+        slower[reading] += beside_cpu * self._more("gather", "h2d", "cpu")
+        used = min(1.0, (copies.total + part @ reads.seconds) * 1e9 / max(1, span["total_ns"]))
+        waits = ticks["kind"] == kinds.index("flag_wait")
+        slower[waits] *= 1.0 + used * self._more("flag", "fixed", "h2d")
+        return slower if bool((slower != seconds).any()) else None
+
+    def _more(self, op: str, place: Where, load: str) -> float:
+        """How much longer something takes beside a load, as a share of what it takes alone."""
+        alone, beside = (self.cost.seconds(op, _PROBE, place, how) for how in ("idle", load))
+        return beside / alone - 1.0 if beside > alone > 0 else 0.0
+
+    @cached_property
+    def _bus_rate(self) -> float:
+        return self.rates("h2d")[0]
 
     def _finish(
         self, ticks: npt.NDArray[np.void], span: Mapping[str, Any], graph: bool

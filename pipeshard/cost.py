@@ -51,8 +51,8 @@ class CostModel(Protocol):
 
     def seconds(self, op: str, shape: Shape, place: Where, load: str = "idle") -> float:
         """Of one op where a unit of this `place` computes; of "copy" over "h2d" or "d2h", and of "gather", which is
-        the GPU reading host memory itself; of what is "fixed": "launch", "graph_node", "flag", "pass", "copy". `load`:
-        what else runs, as samples have it."""
+        the GPU reading host memory itself, start and end of that op included; of what is "fixed": "launch",
+        "graph_node", "flag", "pass", "copy". `load`: what else runs, as samples have it."""
         ...
 
 
@@ -247,7 +247,10 @@ class Roofline:
                 return self._gather.seconds(shape.bytes)
             if bus is None:
                 return 0.0
-            return shape.bytes / bus.rate if op == "gather" else bus.seconds(shape.bytes)
+            if op == "gather":  # as an op that starts like others and reads at the bus's rate
+                start = self._gpu.roof.start if self._gpu else 0.0
+                return start + shape.bytes / bus.rate
+            return bus.seconds(shape.bytes)
         if place != "cpu":
             return self._gpu.seconds(op, shape) if self._gpu else 0.0
         # Between two numbers of threads: between their times, in powers.
@@ -262,13 +265,14 @@ class Roofline:
         ratios: dict[tuple[str, str, str], list[float]] = {}
         places: dict[str, Where] = {"gpu": "vram", "cpu": "cpu", "h2d": "h2d", "d2h": "d2h"}
         for s in samples:
-            if s.load == "idle" or s.side not in places or s.op == "gather":
+            if s.load == "idle" or s.side not in places:
                 continue
             idle = self._as_idle(s, samples) or self.seconds(
                 s.op, Shape(s.fmt, s.n_tok, s.flops, s.bytes), places[s.side]
             )
             if idle > 0:
-                for op in (s.op, ANY_OP):
+                # Reads of the GPU say nothing of copies, which another engine makes.
+                for op in (s.op, ANY_OP) if s.op != "gather" else (s.op,):
                     ratios.setdefault((s.side, op, s.load), []).append(s.seconds / idle)
         return {key: max(1.0, float(np.median(values))) for key, values in ratios.items()}
 

@@ -249,9 +249,11 @@ PyDoc_STRVAR(ticks_doc,
     "`first` others, as the executor runs them: kind, stream, op and fmt (see tick_names), unit, "
     "and what there is to do.");
 
-PyDoc_STRVAR(makespan_doc,
-    "makespan(n_tok, n_out, max_kv, ns, first=0) -> dict\n\nHow long the pass of ticks() takes if "
-    "each tick takes ns[i] (uint64).");
+PyDoc_STRVAR(walk_doc,
+    "walk(n_tok, n_out, max_kv, first, price) -> dict\n\nHow long the pass of ticks() takes if "
+    "each "
+    "tick takes as many nanoseconds (an array of uint64) as price(ticks, None) says. It is then "
+    "asked price(ticks, span), by what that walk found, until it returns None.");
 
 PyDoc_STRVAR(tick_names_doc,
     "tick_names() -> tuple\n\nNames by number of a tick's kinds, streams, ops and formats.");
@@ -363,8 +365,7 @@ static PyMethodDef METHODS[] = {
     {"lower", (PyCFunction)(void (*)(void))plan_lower, METH_VARARGS | METH_KEYWORDS, lower_doc},
     {"check", (PyCFunction)(void (*)(void))plan_check, METH_VARARGS | METH_KEYWORDS, check_doc},
     {"ticks", (PyCFunction)(void (*)(void))py_plan_ticks, METH_VARARGS | METH_KEYWORDS, ticks_doc},
-    {"makespan", (PyCFunction)(void (*)(void))py_plan_makespan, METH_VARARGS | METH_KEYWORDS,
-        makespan_doc},
+    {"walk", (PyCFunction)(void (*)(void))py_plan_walk, METH_VARARGS | METH_KEYWORDS, walk_doc},
     {"tick_names", py_plan_tick_names, METH_NOARGS | METH_STATIC, tick_names_doc},
     {NULL, NULL, 0, NULL},
 };

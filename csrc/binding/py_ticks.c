@@ -37,7 +37,6 @@ static PyArray_Descr *row_type(void)
 
 typedef struct pass_args {
     uint32_t n_tok, n_out, max_kv, first;
-    PyObject *ns;
 } pass_args;
 
 /* As the executor would run it: prompts of plans that keep KV in host memory are staged. */
@@ -137,14 +136,13 @@ static PyObject *by_stream(const uint64_t *ns)
     return dict;
 }
 
-static PyObject *makespan_dict(const ps_makespan *m)
+static PyObject *makespan_dict(const ps_makespan *m, PyObject *end_ns)
 {
     PyObject *busy = by_stream(m->busy_ns), *critical = by_stream(m->critical_ns), *dict = NULL;
     if (busy != NULL && critical != NULL &&
         py_dict_take(critical, "sync", PyLong_FromUnsignedLongLong(m->critical_sync_ns)) == 0)
-        dict = Py_BuildValue("{s:K,s:O,s:O,s:K}", "total_ns", (unsigned long long)m->total_ns,
-            "busy_ns", busy, "critical_ns", critical, "cpu_h2d_ns",
-            (unsigned long long)m->cpu_h2d_ns);
+        dict = Py_BuildValue("{s:K,s:O,s:O,s:O}", "total_ns", (unsigned long long)m->total_ns,
+            "busy_ns", busy, "critical_ns", critical, "end_ns", end_ns);
     Py_XDECREF(busy);
     Py_XDECREF(critical);
     return dict;
@@ -165,31 +163,60 @@ static int check_ns(PyObject *ns, uint32_t n_ticks)
     return 0;
 }
 
-PyObject *py_plan_makespan(PyObject *self, PyObject *args, PyObject *kwargs)
+/* One walk through the list with these durations, or NULL with an exception. */
+static PyObject *walk_once(py_state *state, const ps_ticks *ticks, PyObject *ns)
 {
-    static const char *const names[] = {"n_tok", "n_out", "max_kv", "ns", "first", NULL};
-    const ps_plan *core = py_plan_get(self);
-    py_state *state = py_state_of(self);
-    pass_args a = {0};
-    ps_pass_shape shape;
-    ps_ticks *ticks = NULL;
+    npy_intp n = (npy_intp)ticks->n_ticks;
     ps_makespan span;
     ps_err err = {0};
     ps_status status;
+    if (check_ns(ns, ticks->n_ticks) < 0) return NULL;
+    PyObject *end_ns = PyArray_SimpleNew(1, &n, NPY_UINT64);
+    if (end_ns == NULL) return NULL;
+    const uint64_t *each = PyArray_DATA((PyArrayObject *)ns);
+    uint64_t *end = PyArray_DATA((PyArrayObject *)end_ns);
+    Py_BEGIN_ALLOW_THREADS;
+    status = ps_simulate_run(ticks, each, end, &span, &err);
+    Py_END_ALLOW_THREADS;
+    PyObject *dict = status == PS_OK ? makespan_dict(&span, end_ns) : py_raise(state, &err);
+    Py_DECREF(end_ns);
+    return dict;
+}
+
+/* Lowered once, walked as often as `price` has durations for it. */
+static PyObject *walk_all(py_state *state, const ps_ticks *ticks, PyObject *price)
+{
+    PyObject *rows = array_of(ticks), *span = rows != NULL ? Py_NewRef(Py_None) : NULL;
+    while (span != NULL) {
+        PyObject *ns = PyObject_CallFunctionObjArgs(price, rows, span, NULL);
+        if (ns == Py_None && span != Py_None) {
+            Py_DECREF(ns);
+            break;
+        }
+        Py_SETREF(span, ns != NULL ? walk_once(state, ticks, ns) : NULL);
+        Py_XDECREF(ns);
+    }
+    Py_XDECREF(rows);
+    return span;
+}
+
+PyObject *py_plan_walk(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    static const char *const names[] = {"n_tok", "n_out", "max_kv", "first", "price", NULL};
+    const ps_plan *core = py_plan_get(self);
+    py_state *state = py_state_of(self);
+    pass_args a = {0};
+    PyObject *price = NULL;
+    ps_pass_shape shape;
+    ps_ticks *ticks = NULL;
+    ps_err err = {0};
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O|O&", (char **)names, py_to_u32,
-            &a.n_tok, py_to_u32, &a.n_out, py_to_u32, &a.max_kv, &a.ns, py_to_u32, &a.first) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&O", (char **)names, py_to_u32, &a.n_tok,
+            py_to_u32, &a.n_out, py_to_u32, &a.max_kv, py_to_u32, &a.first, &price) ||
         find_shape(core, &a, &shape) < 0)
         return NULL;
     if (lower(core, &shape, &ticks, &err) != PS_OK) return py_raise(state, &err);
-    PyObject *result = NULL;
-    if (check_ns(a.ns, ticks->n_ticks) == 0) {
-        const uint64_t *ns = PyArray_DATA((PyArrayObject *)a.ns);
-        Py_BEGIN_ALLOW_THREADS;
-        status = ps_simulate_run(ticks, ns, NULL, &span, &err);
-        Py_END_ALLOW_THREADS;
-        result = status == PS_OK ? makespan_dict(&span) : py_raise(state, &err);
-    }
+    PyObject *result = walk_all(state, ticks, price);
     ps_ticks_destroy(ticks);
     return result;
 }

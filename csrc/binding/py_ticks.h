@@ -5,7 +5,7 @@
 #include "binding/py_util.h"
 
 PyObject *py_plan_ticks(PyObject *self, PyObject *args, PyObject *kwargs);
-PyObject *py_plan_makespan(PyObject *self, PyObject *args, PyObject *kwargs);
+PyObject *py_plan_walk(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *py_plan_tick_names(PyObject *self, PyObject *unused);
 
 #endif

@@ -156,27 +156,6 @@ static ps_status walk_tick(walk *w, uint32_t i, ps_err *err)
     return PS_OK;
 }
 
-/* Nanoseconds in which ticks that work on both streams ran. */
-static uint64_t overlap(const walk *w, uint32_t a, uint32_t b)
-{
-    uint64_t total = 0, from = 0; /* of the tick of `a` in hand */
-    uint32_t j = 0, n = w->ticks->n_ticks;
-    for (uint32_t i = 0; i < n; i++) {
-        const ps_tick *k = &w->ticks->tick[i];
-        if (k->stream != a || k->kind > PS_TICK_RUN) continue;
-        from = w->end_ns[i] - w->ns[i];
-        for (; j < n; j++) {
-            const ps_tick *o = &w->ticks->tick[j];
-            if (o->stream != b || o->kind > PS_TICK_RUN) continue;
-            uint64_t lo = ps_max_u64(from, w->end_ns[j] - w->ns[j]),
-                     hi = ps_min_u64(w->end_ns[i], w->end_ns[j]);
-            if (hi > lo) total += hi - lo;
-            if (w->end_ns[j] > w->end_ns[i]) break; /* it may reach into the next tick of `a` */
-        }
-    }
-    return total;
-}
-
 static void sum_up(const walk *w, ps_makespan *out)
 {
     int32_t at = -1;
@@ -195,7 +174,6 @@ static void sum_up(const walk *w, ps_makespan *out)
         else
             out->critical_sync_ns += w->ns[at];
     }
-    out->cpu_h2d_ns = overlap(w, PS_STREAM_CPU, PS_STREAM_H2D);
 }
 
 static ps_status walk_all(walk *w, ps_makespan *out, ps_err *err)

@@ -27,8 +27,6 @@ typedef struct ps_makespan {
      * op that the end was waiting for, or to an event or flag. They sum to total_ns. */
     uint64_t critical_ns[PS_STREAM_COUNT];
     uint64_t critical_sync_ns;
-    uint64_t
-        cpu_h2d_ns; /* the CPU computed while copies to the device ran: they share its memory */
 } ps_makespan;
 
 /* The list as the executor runs it: neighbouring copies of neighbouring bytes are one. (Which

@@ -39,7 +39,8 @@ def test_rates_are_met_exactly(flops: int, n_bytes: int) -> None:
     for place, rate in (("h2d", 20e9), ("d2h", 10e9)):
         copy = model.seconds("copy", Shape(bytes=n_bytes), place)  # type: ignore[arg-type]
         assert copy == pytest.approx(7e-6 + n_bytes / rate)
-    assert model.seconds("gather", Shape(bytes=n_bytes), "h2d") == pytest.approx(n_bytes / 20e9)
+    gather = model.seconds("gather", Shape(bytes=n_bytes), "h2d")
+    assert gather == pytest.approx(3e-6 + n_bytes / 20e9)
     assert model.seconds("flag", Shape(), "fixed") == pytest.approx(5e-6)
     assert model.roof("cpu") == pytest.approx((40e9, 500e9))
     assert model.error == 0

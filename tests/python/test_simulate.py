@@ -10,11 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pipeshard as ps
-from pipeshard._profile import Profile, rates_profile
+from pipeshard import _core
+from pipeshard._profile import Profile, Sample, rates_profile
+from pipeshard._simulator import Simulator, _Priced
 from pipeshard.cost import Shape
+from pipeshard.sched_policies.base import same_in_all
 from pipeshard.synth import synth
 
 GOLDEN = Path(__file__).resolve().parents[1] / "data/golden"
@@ -202,6 +206,84 @@ def test_fewer_threads_are_slower(hollow: Any, server: Profile) -> None:
     ]
     assert tps == sorted(tps)
     assert tps[0] < tps[1] < tps[2] < tps[3] == tps[4]
+
+
+# ---- what slows each other down ----
+
+
+def samples_with(server: Profile, *more: Sample) -> Profile:
+    return Profile("measured", {"gpu": "x"}, None, (*server.samples, *more))
+
+
+def gather_sample(n_bytes: int, seconds: float, load: str = "idle") -> Sample:
+    return Sample("h2d", "gather", None, 1, 0, n_bytes, seconds, load=load)
+
+
+def test_a_gather_starts_once(hollow: Any, server: Profile) -> None:
+    """Measured gathers are whole ops: nothing is added for their start."""
+    model = hollow("Qwen3-30B-A3B", layers=4)
+    profile = samples_with(server, gather_sample(10**7, 2e-3), gather_sample(2 * 10**7, 4e-3))
+    simulator = Simulator(profile)
+    stream = {u.name: "stream" if u.kind == "expert" else "vram" for u in model.units}
+    plan = ps.simulate(
+        model, vram="30GiB", profile=profile, n_ctx=256, n_prompt=100,
+        policy=lambda ctx: replace(same_in_all(ctx, stream), n_slots=8, slot_bytes=32 << 20),
+    ).plan  # fmt: skip
+    ticks = plan.bind(model).ticks(1)
+    ops = _core.Plan.tick_names()[2]
+    gathers = [t for t in ticks if ops[t["op"]] == "gather_experts" and t["bus_bytes"]]
+    assert gathers
+    for tick in gathers:
+        assert simulator._seconds(tick, False, 1.0) == pytest.approx(tick["bus_bytes"] * 2e-10)
+
+
+def contended(profile: Profile, *rows: tuple[str, str, int, float]) -> list[float]:
+    """Seconds of ticks that all begin at once, each (stream, kind, bytes from host memory, seconds alone)."""
+    simulator = Simulator(profile)
+    kinds, streams = _core.Plan.tick_names()[:2]
+    fields = {"kind": "u1", "stream": "u1", "bus_bytes": "u8"}
+    ticks = np.zeros(len(rows), list(fields.items()))
+    for tick, (stream, kind, n_bytes, _) in zip(ticks, rows, strict=True):
+        tick["kind"], tick["stream"] = kinds.index(kind), streams.index(stream)
+        tick["bus_bytes"] = n_bytes
+    alone = np.array([seconds for *_, seconds in rows])
+    span = {"end_ns": (alone * 1e9).astype(np.uint64), "total_ns": int(alone.max() * 1e9)}
+    slower = simulator._contended(_Priced(ticks, alone), span)
+    return (alone if slower is None else slower).tolist()
+
+
+def test_copies_and_gathers_share_the_bus(server: Profile) -> None:
+    """54 GB/s: 540 MB take 10 ms. A read by the GPU that wants a fifth of the bus leaves four to copies and is not
+    slowed itself; one that wants all of it gets half, while there are copies."""
+    copy = ("h2d", "copy_in", 0, 0.010)
+
+    def gather(n_bytes: int) -> tuple[str, str, int, float]:
+        return ("compute", "run", n_bytes, 0.010)
+
+    assert contended(server, copy) == [0.010]
+    assert contended(server, copy, gather(0)) == [0.010, 0.010]
+    assert contended(server, copy, gather(540 * 10**6)) == pytest.approx([0.020, 0.020], rel=1e-3)
+    assert contended(server, copy, gather(108 * 10**6)) == pytest.approx([0.0125, 0.010], rel=1e-3)
+    short = ("h2d", "copy_in", 0, 0.001)
+    assert contended(server, short, gather(540 * 10**6)) == pytest.approx([0.002, 0.011], rel=1e-3)
+
+
+def test_gathers_slow_the_cpu_as_copies_do(server: Profile) -> None:
+    """Half as fast beside a busy bus; the gather by what it was measured to take beside the CPU."""
+    n_bytes = 54 * 10**7
+    both = samples_with(
+        server,
+        Sample("cpu", "matmul", None, 1, 0, 11 * 10**8, 0.020, load="h2d"),
+        gather_sample(n_bytes // 2, 0.005),
+        gather_sample(n_bytes, 0.010),
+        gather_sample(n_bytes, 0.013, load="cpu"),
+    )
+    cpu = ("cpu", "run", 0, 0.010)
+    assert contended(both, cpu, ("h2d", "copy_in", 0, 0.010))[0] == pytest.approx(0.020, rel=0.01)
+    slower = contended(both, cpu, ("compute", "run", n_bytes, 0.010))
+    assert slower == pytest.approx([0.020, 0.013], rel=0.01)
+    half = contended(both, cpu, ("compute", "run", n_bytes // 2, 0.005))
+    assert half == pytest.approx([0.015, 0.0065], rel=0.01)
 
 
 class Fixed:

@@ -384,7 +384,7 @@ def test_the_chain_is_the_simulators(
             ns[[i for i, k in enumerate(planned["kind"]) if kinds[k] == "flag_wait"]] = (
                 _core.emu_profile()[8]
             )
-            span = bound.makespan(*shape, ns)
+            span = bound.walk(*shape, 0, lambda _, span, ns=ns: None if span else ns)
             assert span["total_ns"] == round(step.seconds * 1e9)
             assert span["busy_ns"] == {
                 name: round(s * 1e9) for name, s in step.attribution.busy.items()
