@@ -133,6 +133,7 @@ typedef struct ps_fault {
 enum {
     PS_MAX_FAULTS = 8,
     PS_RUN_ARGS_BYTES = 384, /* largest argument struct that run takes */
+    PS_CPU_QUEUE = 4096,     /* operations that a CPU stream holds; one more waits for room */
 };
 
 typedef struct ps_device_options {

@@ -20,8 +20,8 @@ extern "C" {
 #endif
 
 enum {
-    PS_LANE_CAP_JOBS = 4096, /* operations ahead of the thread before enqueueing blocks */
-    PS_HUB_CAP_FLAGS = 4096, /* distinct flag words of a device */
+    PS_LANE_CAP_JOBS = PS_CPU_QUEUE, /* operations ahead of the thread before enqueueing blocks */
+    PS_HUB_CAP_FLAGS = 4096,         /* distinct flag words of a device */
 };
 
 typedef struct ps_lane ps_lane;

@@ -261,11 +261,21 @@ static ps_status record_graph(ps_exec *x, ps_bound *b, ps_err *err)
     return PS_OK;
 }
 
+/* Either part of a pass with a graph may hold up who enqueues it: a driver's room for launches may
+ * be too small for the graph, which then waits for work that the CPU feeds, and the other way
+ * round. So the CPU's part, with a mark before and behind each tick, must fit its queue; it goes
+ * first. */
+static bool cpu_part_fits(const ps_exec *x, const ps_bound *b)
+{
+    return b->n_ticks_on[PS_STREAM_CPU] <= PS_CPU_QUEUE / (x->marking ? 3u : 1u);
+}
+
 static bool wants_graph(const ps_exec *x, const ps_bound *b)
 {
-    return x->options.graphs && b->graph[x->marking] == NULL && !b->graph_failed[x->marking] &&
-           b->ticks->shape.n_tok <= GRAPH_MAX_TOK && b->n_runs >= GRAPH_AFTER_RUNS &&
-           b->n_ticks_on[PS_STREAM_COMPUTE] > 0 && b->bounce_bytes == 0;
+    return x->options.graphs && cpu_part_fits(x, b) && b->graph[x->marking] == NULL &&
+           !b->graph_failed[x->marking] && b->ticks->shape.n_tok <= GRAPH_MAX_TOK &&
+           b->n_runs >= GRAPH_AFTER_RUNS && b->n_ticks_on[PS_STREAM_COMPUTE] > 0 &&
+           b->bounce_bytes == 0;
 }
 
 /* The driver's memory for a graph counts against the reserve that the plan made for it. */
@@ -292,10 +302,8 @@ static ps_status enqueue_pass(ps_exec *x, ps_bound *b, ps_err *err)
     ps_graph *graph = b->graph[x->marking];
     if (graph == NULL) return enqueue_part(x, b, PART_ALL, err);
     x->stats.n_graph_launches++;
-    /* The graph first: the CPU's part may be longer than its queue, and then pushing waits for work
-     * that the graph feeds. */
-    PS_TRY(ps_graph_launch(x->device, x->stream[PS_STREAM_COMPUTE], graph, err));
-    return enqueue_part(x, b, PART_CPU, err);
+    PS_TRY(enqueue_part(x, b, PART_CPU, err));
+    return ps_graph_launch(x->device, x->stream[PS_STREAM_COMPUTE], graph, err);
 }
 
 /* Looks now and then until one of two streams is empty. False: the caller wants to stop. */

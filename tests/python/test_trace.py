@@ -17,6 +17,7 @@ import pytest
 
 import pipeshard as ps
 from pipeshard import Placement, _core
+from pipeshard.synth import synth
 from pipeshard.trace import CATEGORIES, Attribution, Trace, compare, explain_difference
 
 N_CTX = 128
@@ -213,6 +214,18 @@ def test_on_every_device(device: str, moe: str, tmp_path: Path) -> None:
         if event["ph"] == "X":
             assert event["ts"] >= reached.get(event["tid"], 0) - 1e-3
             reached[event["tid"]] = event["ts"] + event["dur"]
+
+
+def test_a_deep_model(device: str, tmp_path: Path) -> None:
+    """With its marks the graph of such a pass is more than a driver takes at once, and half of the layers wait for the
+    CPU: whatever is enqueued last has to find the rest under way."""
+    path = str(tmp_path / "deep.gguf")
+    synth("tiny-qwen3moe", path, layers=96, progress=False)
+    where = None if device == "host" else "mixed"
+    with open_engine(path, where, device=device) as engine:
+        engine.generate(PROMPT, max_tokens=8, temperature=0)
+        assert engine.last_attribution()["decode"].n_tok > 4
+        assert engine.stats["n_graph_launches"] > 0 or device == "host"
 
 
 # ---- the file ----
