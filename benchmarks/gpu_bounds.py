@@ -18,6 +18,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pipeshard as ps
 from pipeshard.measure import Meter
@@ -25,7 +26,6 @@ from pipeshard.sizes import parse_size
 
 BUS_BYTES_PER_S = 55.5e9  # page-locked memory to an H200, measured in large copies
 SAMPLE_S = 0.004
-GIB = 1 << 30
 
 
 class _Memory(ctypes.Structure):
@@ -86,12 +86,13 @@ def main() -> None:
     parser.add_argument("model")
     options = parser.parse_args()
     memory = DeviceMemory()
-    before = memory.used()
+    idle = memory.used()
+    baseline = 0  # the first engine finds all of it: the driver keeps some for the next
     budget = parse_size(options.budget, argument="--budget")
     model = ps.Model(options.model)
     sizes = [int(n) for n in options.prompts.split(",")]
-    resident = {} if options.no_resident else time_resident(model, sizes, options.repeats)
-    print(f"{model.name}, {options.budget}, policy {options.policy}")
+    print(f"{model.name}, {options.budget}, policy {options.policy}", flush=True)
+    found = []
     for n_prompt in sizes:
         started = time.perf_counter()
         with (
@@ -100,58 +101,70 @@ def main() -> None:
                 model, device="cuda", vram=budget, policy=options.policy, n_ctx=n_prompt + 16
             ) as engine,
         ):
-            opened = time.perf_counter()
-            line = describe(engine, n_prompt, options, resident.get(n_prompt))
-            baseline = engine.stats["baseline_bytes"]
-        over = memory.peak - before - baseline - budget
+            opened_s = time.perf_counter() - started
+            baseline = max(baseline, engine.stats["baseline_bytes"])
+            found.append(measure(engine, n_prompt, options))
+        over = memory.peak - idle - baseline - budget
         print(
-            f"  {n_prompt:6} tokens: {line}; device memory {over / 2**20:+.1f} MiB against budget "
-            f"(open {opened - started:.1f} s)",
+            f"  {n_prompt:6} tokens: {found[-1].text}; the GPU's memory {over / 2**20:+.1f} MiB against baseline and "
+            f"budget; open took {opened_s:.1f} s",
             flush=True,
         )
+    if not options.no_resident:
+        compare(model, found, options.repeats)
 
 
-def time_resident(model: ps.Model, sizes: list[int], repeats: int) -> dict[int, float]:
-    with ps.Engine(model, device="cuda", policy="full_gpu", n_ctx=max(sizes) + 16) as engine:
+@dataclass(frozen=True)
+class Found:
+    n_prompt: int
+    ttft_s: float
+    outside: int  # bytes of weights that are not in VRAM
+    text: str
+
+
+def compare(model: ps.Model, found: list[Found], repeats: int) -> None:
+    """With the bound, for which all weights have to be resident once."""
+    longest = max(row.n_prompt for row in found)
+    with ps.Engine(model, device="cuda", policy="full_gpu", n_ctx=longest + 16) as engine:
         meter = Meter(engine)
-        return {n: median_prompt(meter, n, repeats) for n in sizes}
+        for row in found:
+            meter.prompt(row.n_prompt)
+            compute_s = statistics.median(meter.prompt(row.n_prompt) for _ in range(repeats))
+            copy_s = row.outside / BUS_BYTES_PER_S
+            bound = max(copy_s, compute_s)
+            print(
+                f"  {row.n_prompt:6} tokens: {row.ttft_s * 1e3:.0f} ms are {row.ttft_s / bound:.2f}x of the bound "
+                f"(copies {copy_s * 1e3:.0f} ms, all resident {compute_s * 1e3:.0f} ms)",
+                flush=True,
+            )
 
 
-def median_prompt(meter: Meter, n_tok: int, repeats: int) -> float:
-    meter.prompt(n_tok)
-    return statistics.median(meter.prompt(n_tok) for _ in range(repeats))
-
-
-def describe(
-    engine: ps.Engine, n_prompt: int, options: argparse.Namespace, compute_s: float | None
-) -> str:
+def measure(engine: ps.Engine, n_prompt: int, options: argparse.Namespace) -> Found:
     meter = Meter(engine)
     summary = meter.median_run(n_prompt, 8, options.repeats, 60.0)
+    as_predicted = predicted(engine)
     bytes_before = engine.stats["h2d_bytes"]
     meter.prompt(n_prompt)
     crossed = engine.stats["h2d_bytes"] - bytes_before
     with engine.tracing() as recording:
         meter.run(n_prompt, 4)
-    parts = recording.trace.attribute()
     if options.trace:
         recording.trace.save(f"{options.trace}/{options.budget}_{n_prompt}.json")
-    prefill = parts["prefill"]
+    prefill = recording.trace.attribute()["prefill"]
     name, share = prefill.bottleneck
     outside = bytes_outside(engine)
-    bound = max(outside / BUS_BYTES_PER_S, compute_s or 0.0)
-    resident = "" if compute_s is None else f"resident {compute_s * 1e3:.0f} ms, "
-    return (
+    text = (
         f"TTFT {summary.ttft_s * 1e3:.0f} ms ({summary.ttft_lo * 1e3:.0f} to {summary.ttft_hi * 1e3:.0f}), "
-        f"{summary.ttft_s / bound:.2f}x of the bound {bound * 1e3:.0f} ms ({resident}{outside / 1e9:.2f} GB outside, "
-        f"{crossed / 1e9:.2f} GB crossed); {name} busy {share:.1%}, either {prefill.covered:.1%}; "
-        f"{summary.tps or 0:.1f} tok/s; predicted {predicted(engine)}"
+        f"{summary.tps or 0:.1f} tokens/s; predicted {as_predicted}; of {outside / 1e9:.2f} GB outside VRAM "
+        f"{crossed / 1e9:.2f} GB crossed; {name} busy {share:.1%}, it or the GPU {prefill.covered:.1%}"
     )
+    return Found(n_prompt, summary.ttft_s, outside, text)
 
 
 def predicted(engine: ps.Engine) -> str:
     stats = engine.stats
     ttft, tps = stats["predicted_ttft_s"], stats["predicted_tps"]
-    return "-" if ttft is None else f"{ttft * 1e3:.0f} ms, {tps:.1f} tok/s"
+    return "-" if ttft is None else f"{ttft * 1e3:.0f} ms, {tps:.1f} tokens/s"
 
 
 def bytes_outside(engine: ps.Engine) -> int:

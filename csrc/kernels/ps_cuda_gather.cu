@@ -10,8 +10,9 @@
  * VRAM hides behind. No more of it may be under way than the bus needs: whatever the device sends
  * to the host meanwhile, and the flags that start the CPU on its share of the same layer, queue
  * behind the reads that wait for host memory. 2 us of 55 GB/s are 110 KB; all warps together have
- * GATHER_BLOCKS * GATHER_THREADS * GATHER_LOADS * 16 bytes = 768 KiB under way at most, which is 15
- * us of the bus. So the grid does not grow with the experts: all warps go through all images
+ * GATHER_BLOCKS * GATHER_THREADS * GATHER_LOADS * 16 bytes = 192 KiB under way at most. (On an H200
+ * 50.2 GB/s, and a small copy to the host takes 13 us meanwhile; four times as much under way: 50.2
+ * GB/s and 40 us.) So the grid does not grow with the experts: all warps go through all images
  * together, piece by piece.
  */
 #include "kernels/ps_cuda.cuh"
@@ -20,7 +21,8 @@
 enum {
     GATHER_BLOCKS = 24,
     GATHER_THREADS = 256,
-    GATHER_LOADS = 8, /* of 16 bytes, by each thread */
+    GATHER_LOADS = 2, /* of 16 bytes, by each thread */
+    GATHER_LOOK = 16, /* images between two looks at the abort word */
     GATHER_PIECE_BYTES = 32 * 16 * GATHER_LOADS,
 };
 
@@ -71,14 +73,17 @@ PS_DEVICE void copy_piece(uint8_t *to, const uint8_t *from, uint64_t n_bytes)
 }
 
 /* Every warp takes each n_warps-th piece, counted through all images to be copied; lane l looks
- * after assignments l, l + 32, ... Whether the pass is given up is asked once an image, without
- * waiting for the answer before its end. */
-PS_DEVICE void copy_images(const gather_params &p, uint32_t n_assign, const uint32_t *first)
+ * after assignments l, l + 32, ... The GPU reads one word of host memory for one warp after the
+ * other, a microsecond each: so one warp of a block asks whether the pass is given up, once in many
+ * images and without waiting for the answer before the end of one, and tells the others. */
+PS_DEVICE void copy_images(
+    const gather_params &p, uint32_t n_assign, const uint32_t *first, volatile uint32_t *aborted)
 {
     const ps_gather_experts_args &a = p.a;
     const uint32_t lane = threadIdx.x % 32, n_warps = gridDim.x * (GATHER_THREADS / 32);
     const uint64_t n_pieces = (a.image_bytes + GATHER_PIECE_BYTES - 1) / GATHER_PIECE_BYTES;
     uint64_t piece = blockIdx.x * (GATHER_THREADS / 32) + threadIdx.x / 32;
+    uint32_t n_images = 0;
     for (uint32_t i0 = 0; i0 < n_assign; i0 += 32) {
         uint64_t image = 0; /* of assignment i0 + lane, if it is to be copied */
         if (i0 + lane < n_assign) {
@@ -89,27 +94,33 @@ PS_DEVICE void copy_images(const gather_params &p, uint32_t n_assign, const uint
             const uint32_t j = __ffs((int)left) - 1;
             const uint8_t *from = (const uint8_t *)__shfl_sync(PS_FULL_WARP, image, (int)j);
             uint8_t *to = (uint8_t *)a.slots.a + (i0 + j) * a.image_bytes;
-            const uint32_t aborted = lane == 0 ? ps_load_host_word(p.abort_word) : 0;
+            const bool asks = threadIdx.x == 0 && n_images++ % GATHER_LOOK == 0;
+            const uint32_t word = asks ? ps_load_host_word(p.abort_word) : 0;
             for (; piece < n_pieces; piece += n_warps) {
                 const uint64_t at = piece * GATHER_PIECE_BYTES;
                 copy_piece(to + at, from + at, a.image_bytes - at);
             }
             piece -= n_pieces;
-            if (__any_sync(PS_FULL_WARP, aborted != 0)) return;
+            if (word != 0) *aborted = 1;
+            __syncwarp();
+            if (*aborted != 0) return;
         }
     }
 }
 
-/* Shared memory: uint32 [n_expert]. Every block finds the first assignments for itself. */
+/* Shared memory: uint32 [n_expert]. Every block finds the first assignments for itself, with a
+ * barrier behind which `aborted` is set too. */
 static __global__ void __launch_bounds__(GATHER_THREADS)
     k_gather_experts(const __grid_constant__ gather_params p)
 {
     PS_DYNAMIC_SMEM(smem);
+    __shared__ uint32_t aborted;
+    if (threadIdx.x == 0) aborted = 0;
     ps_dep_wait();
     const uint32_t n_assign = p.a.n_tok * p.a.k;
     find_first(p.a, n_assign, (uint32_t *)smem);
     write_tables(p.a, n_assign, (const uint32_t *)smem);
-    copy_images(p, n_assign, (const uint32_t *)smem);
+    copy_images(p, n_assign, (const uint32_t *)smem, &aborted);
 }
 
 ps_status ps_cuda_gather_experts(const ps_launch *launch, const void *args)
