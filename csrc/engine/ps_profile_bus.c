@@ -344,7 +344,7 @@ static ps_status time_gather(profiler *p, const op_call *call, load beside, ps_e
     PS_TRY(ps_profile_step(p, err));
     if (call == NULL) return PS_OK;
     PS_TRY(ps_device_locked_dptr(p->device, p->copies[0].host, &m.base[AREA_WEIGHTS], err));
-    m.n_bytes[AREA_WEIGHTS] = p->copy_bytes;
+    m.n_bytes[AREA_WEIGHTS] = p->copies[0].host_bytes;
     m.locked_weights = p->copies[0].host;
     m.staging = p->copies[1].host;
     m.fmts = 0;

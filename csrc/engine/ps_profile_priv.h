@@ -112,7 +112,9 @@ typedef struct run_lane { /* who runs ops */
 typedef struct copy_lane {
     ps_stream *stream; /* owns, as the next two */
     ps_event *from, *to;
-    void *host;        /* owns, locked: [copy_bytes] */
+    unsigned char *host; /* owns, locked: [host_bytes] */
+    uint64_t host_bytes;
+    uint64_t at;       /* copies go through all of it in turn */
     ps_dptr piece;     /* in profiler.copy_area: [copy_piece] that only loads touch */
     uint64_t piece_ns; /* one of copy_piece, idle bus; 0: not known yet */
 } copy_lane;

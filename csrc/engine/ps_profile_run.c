@@ -25,6 +25,7 @@ enum {
 #define LITTLE_HOST_BYTES    (512ull << 20)
 #define MAX_COPY_BYTES       (64ull << 20)
 #define MIN_COPY_BYTES       (64ull << 10)
+#define MAX_SOURCE_BYTES     (1024ull << 20)
 
 /* ---- open and close ---- */
 
@@ -80,14 +81,26 @@ static ps_status open_cpu_lanes(profiler *p, ps_err *err)
     return PS_OK;
 }
 
-static ps_status open_copy_lane(profiler *p, int i, ps_err *err)
+/* Weights come from memory and not from a cache, from where a copy is not held up by CPUs that read
+ * memory at the same time. */
+static uint64_t source_bytes(const profiler *p, uint64_t host_bytes)
+{
+    if (p->virtual_clock) return p->copy_bytes;
+    return ps_max_u64(p->copy_bytes,
+        ps_min_u64(host_bytes / 4, MAX_SOURCE_BYTES) / p->copy_bytes * p->copy_bytes);
+}
+
+static ps_status open_copy_lane(profiler *p, int i, uint64_t n_bytes, ps_err *err)
 {
     copy_lane *c = &p->copies[i];
+    void *host = NULL;
     PS_TRY(ps_stream_create(p->device, i == 0 ? PS_STREAM_H2D : PS_STREAM_D2H, &c->stream, err));
     PS_TRY(ps_event_create(p->device, &c->from, err));
     PS_TRY(ps_event_create(p->device, &c->to, err));
-    PS_TRY(ps_device_locked_alloc(p->device, p->copy_bytes, &c->host, err));
-    memset(c->host, 1, p->copy_bytes);
+    PS_TRY(ps_device_locked_alloc(p->device, n_bytes, &host, err));
+    memset(host, 1, n_bytes);
+    c->host = host;
+    c->host_bytes = n_bytes;
     c->piece = ps_dptr_add(p->copy_area, (uint64_t)i * p->copy_piece);
     return PS_OK;
 }
@@ -106,7 +119,8 @@ static ps_status open_accelerator(profiler *p, uint64_t host_bytes, ps_err *err)
         return ps_fail(err, PS_EDEVICE, "%.1f MiB of device memory are too few to measure with",
             (double)n_bytes / (1 << 20));
     PS_TRY(ps_device_alloc(p->device, 2 * p->copy_piece, &p->copy_area, err));
-    for (int i = 0; i < 2; i++) PS_TRY(open_copy_lane(p, i, err));
+    PS_TRY(open_copy_lane(p, 0, source_bytes(p, host_bytes), err));
+    PS_TRY(open_copy_lane(p, 1, p->copy_bytes, err));
     PS_TRY(ps_device_locked_alloc(p->device, PROFILE_FLAG_BYTES, &p->flags, err));
     PS_TRY(open_lane(&p->flags_lane, p->device, PS_STREAM_CPU, p->spec->cpu_ops, err));
     op_memory *m = &p->dev_mem;
@@ -136,7 +150,8 @@ ps_status ps_profile_lanes_open(profiler *p, ps_err *err)
     p->virtual_clock = p->device->info.virtual_clock;
     uint64_t host_bytes = p->spec->host_bytes > 0 ? p->spec->host_bytes : default_host_bytes(p);
     if (p->has_gpu) PS_TRY(open_accelerator(p, host_bytes, err));
-    PS_TRY(ps_profile_mem_init(&p->host_mem, host_bytes - 2 * p->copy_bytes, err));
+    const uint64_t copies = p->copies[0].host_bytes + p->copies[1].host_bytes;
+    PS_TRY(ps_profile_mem_init(&p->host_mem, host_bytes - copies, err));
     return open_cpu_lanes(p, err);
 }
 
@@ -220,8 +235,11 @@ ps_status ps_profile_start_load(profiler *p, load beside, uint64_t ns, ps_err *e
 ps_status ps_profile_copy(profiler *p, bool in, ps_dptr at, uint64_t n_bytes, ps_err *err)
 {
     copy_lane *c = &p->copies[in ? 0 : 1];
-    return in ? ps_device_copy_in(p->device, c->stream, at, c->host, n_bytes, err)
-              : ps_device_copy_out(p->device, c->stream, c->host, at, n_bytes, err);
+    if (c->at + n_bytes > c->host_bytes) c->at = 0;
+    unsigned char *host = c->host + c->at;
+    c->at += n_bytes;
+    return in ? ps_device_copy_in(p->device, c->stream, at, host, n_bytes, err)
+              : ps_device_copy_out(p->device, c->stream, host, at, n_bytes, err);
 }
 
 bool ps_profile_is_loaded(const profiler *p, load beside)
