@@ -90,7 +90,12 @@ class Simulator:
     def __init__(self, profile: Profile, *, threads: int = 0, cost: Fit = fit) -> None:
         self.profile = profile
         self.cost: CostModel = cost(profile.samples, threads)
-        self.is_virtual = profile.machine.get("device") == "emu"
+        self.is_virtual = self.device == "emu"
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the profile is of."""
+        return str(self.profile.machine.get("device", "cuda"))
 
     @property
     def error(self) -> float:

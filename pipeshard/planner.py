@@ -210,7 +210,7 @@ class _Task:
             budget_bytes=wishes.budget_bytes,
             n_ctx=wishes.n_ctx,
             n_seq=wishes.n_seq,
-            threads=self.threads or _core.cpu_count(),
+            threads=self.threads or _core.default_threads(simulator.device),
             profile=simulator.profile,
             cost=simulator.cost,
             sizes=tuple(self.sizes),

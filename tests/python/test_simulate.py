@@ -286,6 +286,24 @@ def test_gathers_slow_the_cpu_as_copies_do(server: Profile) -> None:
     assert half == pytest.approx([0.015, 0.0065], rel=0.01)
 
 
+@pytest.mark.parametrize("kind", ["emu", "cuda"])
+def test_policies_are_told_the_threads_that_engines_use(
+    llama: str, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """All but one or two that feed a GPU."""
+    told = []
+
+    def policy(ctx: Any) -> Any:
+        told.append(ctx.threads)
+        return same_in_all(ctx, dict.fromkeys((unit.name for unit in ctx.units), "cpu"))
+
+    monkeypatch.setattr(_core, "default_threads", {"emu": 16, "cuda": 14}.__getitem__)
+    for threads in (None, 3):
+        profile = rates_profile(SERVER, source="measured", machine={"device": kind})
+        ps.simulate(llama, vram="1GiB", profile=profile, policy=policy, threads=threads)
+    assert told == [{"emu": 16, "cuda": 14}[kind], 3]
+
+
 class Fixed:
     """A cost model of somebody's own: every op a microsecond, every copied byte a nanosecond."""
 

@@ -169,7 +169,9 @@ def test_dividing_every_layer_alike_beats_taking_whole_units(heavy: ps.Model) ->
     """Where VRAM holds half of a feed-forward, bus, CPU and GPU work on it at once; `auto` knows."""
 
     def predicted(policy: str) -> Any:
-        return ps.simulate(heavy, vram="48MiB", policy=policy, n_prompt=256, n_ctx=512)
+        return ps.simulate(
+            heavy, vram="48MiB", policy=policy, n_prompt=256, n_ctx=512, profile=ps.EmuDevice()
+        )
 
     even = predicted("even_split")
     for policy in ("static_attn", "shard_attn"):
