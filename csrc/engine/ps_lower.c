@@ -227,7 +227,8 @@ void ps_batch_lay_out(const ps_plan *plan, const ps_pass_shape *shape, ps_batch_
     b->n_bytes = at;
 }
 
-static ps_status lower(const ps_plan *plan, const ps_pass_shape *shape, ps_emitter *e, ps_err *err)
+static ps_status lower(
+    const ps_plan *plan, const ps_pass_shape *shape, bool measures, ps_emitter *e, ps_err *err)
 {
     ps_ticks *t = ps_emitter_ticks(e);
     ps_batch_lay_out(plan, shape, &t->batch);
@@ -235,6 +236,8 @@ static ps_status lower(const ps_plan *plan, const ps_pass_shape *shape, ps_emitt
         .model = plan->model,
         .hp = &plan->model->hp,
         .e = e,
+        .maps_experts = ps_pass_maps_experts(plan, shape),
+        .measures = measures,
         .shape = *shape,
         .batch = &t->batch,
         .n_chunks = (shape->n_tok + plan->spec.chunk_tok - 1) / plan->spec.chunk_tok};
@@ -266,7 +269,7 @@ ps_status ps_lower(const ps_plan *plan, const ps_pass_shape *shape, ps_ticks **o
         err);
     ps_emitter *e = NULL;
     ps_status status = ps_emitter_create(plan, shape, false, &e, err);
-    if (status == PS_OK) status = lower(plan, shape, e, err);
+    if (status == PS_OK) status = lower(plan, shape, false, e, err);
     if (status == PS_OK) status = ps_emitter_finish(e, out, err);
     ps_emitter_destroy(e);
     return status;
@@ -277,7 +280,7 @@ ps_status ps_lower_measure(const ps_plan *plan, const ps_pass_shape *shape, uint
 {
     ps_emitter *e = NULL;
     ps_status status = ps_emitter_create(plan, shape, true, &e, err);
-    if (status == PS_OK) status = lower(plan, shape, e, err);
+    if (status == PS_OK) status = lower(plan, shape, true, e, err);
     if (status == PS_OK) {
         *ws_bytes = ps_emitter_ticks(e)->max_ws_bytes;
         *n_table = ps_emitter_ticks(e)->n_table;

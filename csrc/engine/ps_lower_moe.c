@@ -62,6 +62,7 @@ static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
 
 static void set_expert(lowering *l, ps_side side, const expert_group *g, uint32_t i, uint32_t unit)
 {
+    if (l->measures) return; /* of thousands of experts that is most of the work */
     ps_emit_table_set(l->e, side, g->gate + i,
         ps_lower_at_weight(l, side, unit, ps_model_find(l->model, unit, PS_W_GATE)));
     ps_emit_table_set(l->e, side, g->up + i,
@@ -77,7 +78,7 @@ static bool gathers(const lowering *l, uint32_t layer)
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert,
              n_tok = l->n_chunks > 1 ? l->plan->spec.chunk_tok : l->shape.n_tok;
     uint64_t n_assign = (uint64_t)n_tok * l->hp->n_expert_used;
-    if (!ps_pass_maps_experts(l->plan, &l->shape)) return false;
+    if (!l->maps_experts) return false;
     if (ring_share(l, first) > ps_lower_ring_bytes(l) / n_assign) return false;
     bool any = false;
     for (uint32_t i = 0; i < ne; i++) {
@@ -138,7 +139,8 @@ static void stream_group(lowering *l, uint32_t layer, const expert_group *g)
     for (uint32_t i = g->first; i < g->first + g->n; i++) {
         if (!rides(l, first + i)) continue;
         l->ring_at[first + i] = at;
-        ps_lower_copy_pieces(l, first + i, at, 0, l->model->units[first + i].n_bytes);
+        if (!l->measures)
+            ps_lower_copy_pieces(l, first + i, at, 0, l->model->units[first + i].n_bytes);
         if (!again) set_expert(l, PS_SIDE_DEV, g, i, first + i);
         at += ring_share(l, first + i);
     }

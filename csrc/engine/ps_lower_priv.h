@@ -20,6 +20,8 @@ typedef struct lowering {
     const ps_model *model;
     const ps_hparams *hp;
     ps_emitter *e;
+    bool maps_experts; /* ps_pass_maps_experts() of this pass */
+    bool measures;     /* only sizes are wanted: neither ticks nor tables are kept */
     ps_pass_shape shape;
     const ps_batch_layout *batch;
     uint32_t n_chunks;
@@ -80,9 +82,18 @@ static inline chunk get_chunk(const lowering *l, uint32_t i, ps_side side)
 
 enum { PS_RING_NOBODY = -1 }; /* owner of slots whose bytes nobody comes back for */
 
-bool ps_lower_is_streamed(const lowering *l, uint32_t unit);
+/* Inline, both: asked of every expert, of which there may be thousands. */
+static inline bool ps_lower_is_streamed(const lowering *l, uint32_t unit)
+{
+    return ps_plan_place(l->plan, l->shape.tier, unit).kind == PS_PLACE_STREAM;
+}
+
 /* Is this expert, if streamed, read where it lies and not loaded? */
-bool ps_lower_is_mapped(const lowering *l, uint32_t unit);
+static inline bool ps_lower_is_mapped(const lowering *l, uint32_t unit)
+{
+    return l->maps_experts && (l->shape.mapped == NULL || l->shape.mapped[unit]);
+}
+
 uint64_t ps_lower_ring_bytes(const lowering *l);
 bool ps_lower_fits_ring(const lowering *l, uint32_t unit);
 /* Room for n_bytes in consecutive slots. What lies there may still be in use: the emitter makes the

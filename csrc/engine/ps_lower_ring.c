@@ -3,17 +3,6 @@
  */
 #include "engine/ps_lower_priv.h"
 
-bool ps_lower_is_streamed(const lowering *l, uint32_t unit)
-{
-    return ps_plan_place(l->plan, l->shape.tier, unit).kind == PS_PLACE_STREAM;
-}
-
-bool ps_lower_is_mapped(const lowering *l, uint32_t unit)
-{
-    return ps_pass_maps_experts(l->plan, &l->shape) &&
-           (l->shape.mapped == NULL || l->shape.mapped[unit]);
-}
-
 uint64_t ps_lower_ring_bytes(const lowering *l)
 {
     return l->plan->spec.n_slots * l->plan->spec.slot_bytes;
