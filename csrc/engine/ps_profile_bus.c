@@ -1,12 +1,15 @@
 /* ps_profile_bus - what the bus carries, what hand-offs and launches cost, and what it costs when
  * bus, CPU and accelerator work at once. See ps_profile_priv.h. */
 #include <string.h>
+#include <time.h>
 
 #include "engine/ps_profile_priv.h"
 
 enum {
     MAX_TIMES = 6,
-    COPY_BATCH_BYTES = 16 << 20, /* of one size in a row */
+    COPY_BATCH_BYTES = 16 << 20,   /* of one size in a row */
+    LOADED_BATCH_BYTES = 64 << 20, /* the same, beside something else */
+    SETTLE_NS = 500000,            /* until all threads of a load are at work */
     MAX_BATCH = 32,
     ROUNDS = 64,      /* there and back in one graph */
     FLAG_STRIDE = 64, /* one word a cache line, as in the executor */
@@ -35,7 +38,9 @@ static ps_status copy_batch(profiler *p, bool in, ps_dptr at, uint64_t n_bytes, 
     load beside, uint64_t beside_ns, uint64_t *ns, bool *covered, ps_err *err)
 {
     copy_lane *c = &p->copies[in ? 0 : 1];
-    PS_TRY(ps_profile_start_load(p, beside, beside_ns, err));
+    PS_TRY(ps_profile_start_load(p, beside, beside_ns + SETTLE_NS, err));
+    if (!p->virtual_clock && beside.kind == PS_LOAD_CPU)
+        nanosleep(&(struct timespec){.tv_nsec = SETTLE_NS}, NULL);
     if (!p->virtual_clock) /* so that the first does not wait for being enqueued */
         PS_TRY(ps_profile_copy(p, in, at, n_bytes, err));
     PS_TRY(ps_device_record(p->device, c->stream, c->from, err));
@@ -50,7 +55,8 @@ static ps_status copy_batch(profiler *p, bool in, ps_dptr at, uint64_t n_bytes, 
 static ps_status time_copy(
     profiler *p, bool in, ps_dptr at, uint64_t n_bytes, load beside, ps_err *err)
 {
-    uint32_t n = (uint32_t)(COPY_BATCH_BYTES / n_bytes), n_done = 0;
+    const uint64_t batch = beside.kind == PS_LOAD_CPU ? LOADED_BATCH_BYTES : COPY_BATCH_BYTES;
+    uint32_t n = (uint32_t)(batch / n_bytes), n_done = 0;
     n = p->virtual_clock || n < 2 ? 2 : n < MAX_BATCH ? n : MAX_BATCH;
     uint64_t times[MAX_TIMES] = {0}, start = ps_clock_ns(), slice = ps_profile_allowance_ns(p),
              beside_ns = (uint64_t)(n * n_bytes); /* as at 1 GB/s: it is known after the first */

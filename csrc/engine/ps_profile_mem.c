@@ -298,8 +298,8 @@ static content content_of(ps_op_kind op, size_t offset)
 typedef struct binder {
     op_memory *m;
     const op_call *call;
-    ps_op_args *args;        /* being bound */
-    const ps_op_args *first; /* bound before, with tables to share; NULL: this is the first */
+    ps_op_args *args; /* being bound */
+    uint64_t turn;    /* calls bound before: each has experts of its own, as layers do */
     uint64_t in_at, out_at;
     ps_dptr order, starts; /* of the routes made last */
 } binder;
@@ -380,7 +380,9 @@ static expert_shape experts_of(ps_op_kind op, const ps_op_args *a)
     return (expert_shape){a->moe_combine.n_expert, a->moe_combine.n_tok, a->moe_combine.k, 0, 0};
 }
 
-/* A layer's experts side by side; where there is no room for all, several are the same bytes. */
+/* A layer's experts side by side, behind those of the call before; where there is no room for all,
+ * several are the same bytes. (Were they always the same ones, the caches of large servers would
+ * hold a layer's.) */
 static bool bind_experts(binder *b, size_t offset, ps_dptr *out)
 {
     expert_shape e = experts_of(b->call->op, b->args);
@@ -393,11 +395,12 @@ static bool bind_experts(binder *b, size_t offset, ps_dptr *out)
     step = ps_div_up_u64(e.n_rows * row, weight_step(s->fmt)) * weight_step(s->fmt);
     uint64_t room =
         (halves ? s->n_bytes / 2 : s->n_bytes) / weight_step(s->fmt) * weight_step(s->fmt);
-    uint64_t n_slots = room / step, base = s->at + (halves && is_up ? room : 0);
+    uint64_t n_slots = room / step, base = s->at + (halves && is_up ? room : 0),
+             first = b->m->n_bound * e.n_expert;
     uint64_t *table = (uint64_t *)(void *)take_ints(b, 2ull * e.n_expert, out);
     if (n_slots == 0 || table == NULL) return false;
     for (uint32_t i = 0; i < e.n_expert; i++)
-        table[i] = ps_dptr_add(b->m->base[AREA_WEIGHTS], base + i % n_slots * step).a;
+        table[i] = ps_dptr_add(b->m->base[AREA_WEIGHTS], base + (first + i) % n_slots * step).a;
     return true;
 }
 
@@ -410,16 +413,18 @@ static bool bind_any_experts(binder *b, ps_dptr *out)
     return table != NULL;
 }
 
-/* Side by side in the weights' area, whatever it holds. */
+/* The same with whole images, in the weights' area, whatever it holds. */
 static bool bind_images(binder *b, bool given, ps_dptr *out)
 {
     const ps_gather_experts_args *a = &b->args->gather_experts;
-    uint64_t n_slots = b->m->n_bytes[AREA_WEIGHTS] / a->image_bytes;
+    uint64_t n_slots = b->m->n_bytes[AREA_WEIGHTS] / a->image_bytes,
+             first = b->m->n_bound * a->n_expert;
     uint64_t *table = (uint64_t *)(void *)take_ints(b, 2ull * a->n_expert, out);
     if (n_slots == 0 || table == NULL) return false;
     for (uint32_t i = 0; i < a->n_expert; i++)
         table[i] =
-            given ? ps_dptr_add(b->m->base[AREA_WEIGHTS], i % n_slots * a->image_bytes).a : 0;
+            given ? ps_dptr_add(b->m->base[AREA_WEIGHTS], (first + i) % n_slots * a->image_bytes).a
+                  : 0;
     return true;
 }
 
@@ -487,11 +492,6 @@ static bool bind_operand(binder *b, const ps_operand *o, ps_dptr *out)
 {
     uint64_t n = o->n_bytes / sizeof(int32_t);
     content what = content_of(b->call->op, o->offset);
-    bool is_table = what == EXPERTS || what == OTHER_EXPERTS || what == IMAGES || what == NO_IMAGES;
-    if (is_table && b->first != NULL) {
-        memcpy(out, (const char *)b->first + o->offset, sizeof *out);
-        return true;
-    }
     switch (what) {
     case IN_FLOATS: return bind_floats(b, o, out);
     case WEIGHTS:
@@ -554,9 +554,10 @@ ps_status ps_profile_bind(op_memory *m, const op_call *call, const ps_op_args *c
     PS_TRY(ps_profile_mem_fill(m, call->fmts, err));
     for (uint32_t i = 0; i < n; i++) {
         out[i] = *cut;
-        binder b = {.m = m, .call = call, .args = &out[i], .first = i > 0 ? out : NULL};
+        binder b = {.m = m, .call = call, .args = &out[i]};
         if (!bind_one(&b, sm)) break;
         *n_bound = i + 1;
+        m->n_bound++;
     }
     if (m->device == NULL || *n_bound == 0 || m->ints_used == 0) return PS_OK;
     return upload(m, AREA_INTS, 0, m->host, ps_min_u64(m->ints_used, m->n_bytes[AREA_INTS]), err);

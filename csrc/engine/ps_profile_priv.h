@@ -65,7 +65,8 @@ typedef struct op_memory {
     ps_dptr base[AREA_COUNT];
     uint64_t n_bytes[AREA_COUNT];
     uint64_t ints_used;
-    uint32_t fmts; /* what the segments hold, as in op_call */
+    uint64_t n_bound; /* calls so far: each has experts of its own, as layers do */
+    uint32_t fmts;    /* what the segments hold, as in op_call */
     segment seg[MAX_FMTS];
     uint32_t n_seg;
     uint64_t rng;
