@@ -1,6 +1,6 @@
 /* ps_cpu_moe - how the experts' matrices are divided on the CPU, whatever the instruction set. The
  * assignments of a call, grouped by expert, are taken in batches: all threads quantise or pack the
- * batch's inputs, then each thread computes its share of the rows of every expert in it.
+ * batch's inputs, then each thread computes its share of the rows of the experts in it.
  *
  * Not here: kernels, routing. Whether few or many tokens are meant follows from the call's shape,
  * never from where the router sent them.
@@ -195,31 +195,51 @@ static void many_rows(const job *j, const segment *s, uint64_t row, uint64_t end
 
 /* ---- a call ---- */
 
+/* Few tokens: the rows of all segments in one line, of which a thread has one stretch. Memory likes
+ * stretches: a share of every expert instead would begin anew twice an expert. */
+static void few_part(const job *j, const batch *b, int i_thread, int n_threads)
+{
+    const uint64_t step = j->w[1] != NULL ? BLOCK_ROWS : j->n_rows;
+    const uint64_t quads = ps_div_up_u64(j->n_rows, 4);
+    uint64_t quad, quad_end;
+    ps_cpu_share(b->n * quads, 1, i_thread, n_threads, &quad, &quad_end);
+    while (quad < quad_end && !ps_cpu_aborted(j->launch)) {
+        const uint64_t s = quad / quads, left = ps_min_u64(quad_end - quad, (s + 1) * quads - quad);
+        const uint64_t row = quad % quads * 4, end = ps_min_u64(row + left * 4, j->n_rows);
+        for (uint64_t r = row; r < end; r += step)
+            few_rows(j, &b->seg[s], r, ps_min_u64(r + step, end));
+        quad += left;
+    }
+}
+
+/* Many tokens: a share of the rows of every expert, as experts differ in tokens. */
+static void many_part(const job *j, const batch *b, int i_thread, int n_threads)
+{
+    char *scratch = j->thread + (uint64_t)i_thread * j->thread_bytes;
+    const uint64_t step = j->w[1] != NULL ? BLOCK_ROWS : j->n_rows;
+    uint64_t row, end;
+    ps_cpu_share(j->n_rows, j->k->gemm_rows, i_thread, n_threads, &row, &end);
+    for (uint32_t s = 0; s < b->n && !ps_cpu_aborted(j->launch); s++)
+        for (uint64_t r = row; r < end; r += step)
+            many_rows(j, &b->seg[s], r, ps_min_u64(r + step, end), scratch);
+}
+
 static void moe_part(void *ctx, int i_thread, int n_threads)
 {
     const job *j = ctx;
-    char *scratch = j->thread + (uint64_t)i_thread * j->thread_bytes;
     const bool converts =
         j->many || !ps_fmt_is_float(j->fmt[0]) || (j->w[1] != NULL && !ps_fmt_is_float(j->fmt[1]));
-    uint64_t row, end, step = j->w[1] != NULL ? BLOCK_ROWS : j->n_rows;
-    ps_cpu_share(j->n_rows, j->many ? j->k->gemm_rows : 4, i_thread, n_threads, &row, &end);
     uint32_t e = 0;
     int32_t at = 0;
     batch b;
-    while (next_batch(j, &e, &at, &b)) {
+    for (bool more = next_batch(j, &e, &at, &b); more;) {
         if (converts) {
             convert_batch(j, &b, i_thread, n_threads);
             barrier(j);
         }
-        for (uint32_t s = 0; s < b.n && !ps_cpu_aborted(j->launch); s++)
-            for (uint64_t r = row; r < end; r += step) {
-                const uint64_t r_end = ps_min_u64(r + step, end);
-                if (j->many)
-                    many_rows(j, &b.seg[s], r, r_end, scratch);
-                else
-                    few_rows(j, &b.seg[s], r, r_end);
-            }
-        if (converts) barrier(j); /* the inputs are overwritten next */
+        (j->many ? many_part : few_part)(j, &b, i_thread, n_threads);
+        more = next_batch(j, &e, &at, &b);
+        if (more && converts) barrier(j); /* the inputs are overwritten next */
     }
 }
 
