@@ -40,6 +40,7 @@ struct ps_sample {
 static uint64_t key_of(float logit, uint32_t id)
 {
     uint32_t bits;
+    logit += 0.0f; /* zeros are equal, whatever their sign */
     memcpy(&bits, &logit, sizeof bits);
     bits ^= (bits >> 31) ? 0xffffffffu : 0x80000000u; /* negative floats order backwards */
     return (uint64_t)bits << 32 | (uint32_t)~id;

@@ -163,6 +163,21 @@ PS_TEST(distribution_is_the_references)
     PS_CHECK(n_checked > n_cases * 9 / 10);
 }
 
+PS_TEST(zeros_of_either_sign_are_equal)
+{
+    static const float logits[] = {-1, -0.0f, 0.0f, -0.0f};
+    ps_sample_params q = ps_sample_defaults();
+    q.temperature = 1;
+    q.top_k = 1; /* the lowest id of equals */
+    ps_err err = {0};
+    ps_sample *s = NULL;
+    ps_sample_token token;
+    PS_REQUIRE_OK(ps_sample_create(4, &q, &s, &err), &err);
+    PS_REQUIRE_OK(ps_sample_next(s, logits, &token, &err), &err);
+    PS_CHECK_EQ(token.id, 1);
+    ps_sample_destroy(s);
+}
+
 PS_TEST(a_large_vocabulary_is_selected_right)
 {
     /* top_k with a buffer that is compacted many times, against an exact count of what is larger.
