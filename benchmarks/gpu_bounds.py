@@ -82,6 +82,9 @@ def main() -> None:
     parser.add_argument("--policy", default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--no-resident", action="store_true", help="without the all-resident runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="one run each, no trace (long prompts)"
+    )
     parser.add_argument("--trace", help="folder for the traces")
     parser.add_argument("model")
     options = parser.parse_args()
@@ -141,6 +144,13 @@ def compare(model: ps.Model, found: list[Found], repeats: int) -> None:
 
 def measure(engine: ps.Engine, n_prompt: int, options: argparse.Namespace) -> Found:
     meter = Meter(engine)
+    outside = bytes_outside(engine)
+    if options.quick:
+        run = meter.run(n_prompt, 8)
+        text = (
+            f"TTFT {run.ttft_s:.2f} s, {run.tps or 0:.1f} tokens/s; predicted {predicted(engine)}"
+        )
+        return Found(n_prompt, run.ttft_s, outside, text)
     summary = meter.median_run(n_prompt, 8, options.repeats, 60.0)
     as_predicted = predicted(engine)
     bytes_before = engine.stats["h2d_bytes"]
@@ -152,7 +162,6 @@ def measure(engine: ps.Engine, n_prompt: int, options: argparse.Namespace) -> Fo
         recording.trace.save(f"{options.trace}/{options.budget}_{n_prompt}.json")
     prefill = recording.trace.attribute()["prefill"]
     name, share = prefill.bottleneck
-    outside = bytes_outside(engine)
     text = (
         f"TTFT {summary.ttft_s * 1e3:.0f} ms ({summary.ttft_lo * 1e3:.0f} to {summary.ttft_hi * 1e3:.0f}), "
         f"{summary.tps or 0:.1f} tokens/s; predicted {as_predicted}; of {outside / 1e9:.2f} GB outside VRAM "

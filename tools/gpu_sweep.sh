@@ -4,7 +4,7 @@
 # cut short goes on where it stopped.
 #
 #   tools/gpu_sweep.sh [FOLDER]      models go to FOLDER (default: a temporary one; 35 GB)
-#   BUDGETS, PROMPTS, POLICIES, REPEATS, GEN, CELL_S: what to measure
+#   BUDGETS, PROMPTS, POLICIES, REPEATS, GEN, CELL_S, MODELS: what to measure
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -15,7 +15,7 @@ out=${OUT:-benchmarks/results}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PIPESHARD_COMMIT=$commit
 
 "$python" setup.py -q build_ext --inplace >/dev/null
-for model in Qwen3-30B-A3B:q4_0 Minitron-8B:f16; do
+for model in ${MODELS:-Qwen3-30B-A3B:q4_0 Minitron-8B:f16}; do
     name=${model%:*} type=${model#*:}
     file=$folder/$name.$type.gguf
     [ -f "$file" ] || "$python" -m pipeshard synth "$name" "$file" --type "$type" --quiet
