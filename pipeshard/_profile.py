@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .emu import PROFILE_KEYS
-from .errors import FileError, FormatError
+from .errors import FileError, FormatError, RequestError
 from .model import check_path
 
 __all__ = ["ANY_OP", "SIDES", "Profile", "Sample", "default_profile", "rates_profile", "shipped"]
@@ -102,7 +102,8 @@ _OPTIONAL = ("threads", "load", "extrapolated")
 @dataclass(frozen=True)
 class Profile:
     """Samples of one machine. source: "measured", "datasheet" (figures that somebody published) or "default" (rates
-    that are nobody's). machine: what it is, by name. model: the geometry whose op shapes were timed; None: none's."""
+    that are nobody's). machine: what it is, by name. model: the geometry whose op shapes were timed, or several; None:
+    none's."""
 
     source: str
     machine: Mapping[str, str | int]
@@ -155,6 +156,19 @@ class Profile:
             raise FileError(
                 f"cannot write {target}: {error.strerror}", path=target, errno=error.errno
             ) from error
+
+    @classmethod
+    def joined(cls, profiles: Sequence[Profile]) -> Profile:
+        """What several models' profiles say of one machine, for models like any of them."""
+        if len(profiles) == 1:
+            return profiles[0]
+        if not profiles or any(p.machine != profiles[0].machine for p in profiles):
+            raise RequestError(
+                "only profiles of one machine can be joined, and one at least", argument="profiles"
+            )
+        models = " ".join(dict.fromkeys(p.model for p in profiles if p.model is not None))
+        samples = dict.fromkeys(sample for p in profiles for sample in p.samples)
+        return cls(profiles[0].source, profiles[0].machine, models or None, tuple(samples))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Profile:

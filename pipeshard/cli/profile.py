@@ -28,7 +28,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Times a model's ops, copies and hand-offs on this machine, in a quarter of a minute at most, and "
         "keeps the result, which plans are then made with. Reads no weights.",
     )
-    parser.add_argument("file", nargs="?", metavar="MODEL.gguf", help="default: the demo model")
+    parser.add_argument(
+        "files",
+        nargs="*",
+        metavar="MODEL.gguf",
+        help="default: the demo model; of several, one profile for models like any of them",
+    )
     parser.add_argument("-m", "--model", metavar="FILE", help="the same")
     parser.add_argument(
         "--device", default="auto", metavar="KIND", help="auto, host, emu, cuda or cuda:N"
@@ -43,8 +48,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def run(options: argparse.Namespace) -> int:
-    model = open_model(options.file if options.file is not None else options.model)
-    found = profile(model, device=options.device, threads=options.threads, force=options.force)
+    models = [open_model(file) for file in options.files or [options.model]]
+    found = Profile.joined(
+        [
+            profile(model, device=options.device, threads=options.threads, force=options.force)
+            for model in models
+        ]
+    )
     if options.out is not None:
         found.save(options.out)
     if options.json:
@@ -52,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for line in _text(found):
         print(line)
-    path = profile_path(model, dict(found.machine))
-    note(f"kept in {path if options.out is None else options.out}")
+    kept = [str(profile_path(model, dict(found.machine))) for model in models]
+    note(f"kept in {', '.join(kept) if options.out is None else options.out}")
     return 0
 
 

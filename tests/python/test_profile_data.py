@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,21 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     assert ps.Profile.load(str(path)).samples[1].extrapolated
     assert list(tmp_path.iterdir()) == [path]
     assert json.loads(path.read_text()) == PROFILE.to_dict()
+
+
+def test_profiles_of_one_machine_are_joined() -> None:
+    more = replace(
+        PROFILE,
+        model="qwen-5678",
+        samples=(PROFILE.samples[0], replace(PROFILE.samples[0], n_tok=2)),
+    )
+    both = Profile.joined([PROFILE, more])
+    assert both.model == "llama-1234 qwen-5678"
+    assert both.samples == (*PROFILE.samples, more.samples[1])
+    assert Profile.joined([PROFILE]) is PROFILE
+    for others in ([], [PROFILE, replace(PROFILE, machine={"gpu": "another"})]):
+        with pytest.raises(ps.RequestError, match="one machine"):
+            Profile.joined(others)
 
 
 def test_pickles_and_hashes() -> None:

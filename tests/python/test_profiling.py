@@ -300,6 +300,17 @@ def test_command_prints_a_table(
     assert measured == ["emu"] * 2
 
 
+def test_command_joins_models(
+    measured: list[str], llama: str, moe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "both.json"
+    assert main(["profile", llama, moe, "--device", "emu", "-t", "2", "-o", str(out)]) == 0
+    assert measured == ["emu"] * 2
+    ops = {sample.op for sample in ps.Profile.load(out).samples}
+    assert {"matmul", "moe_up"} <= ops
+    assert "shapes of llama-" in capsys.readouterr().out
+
+
 def test_command_without_a_gpu(
     measured: list[str], llama: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
