@@ -235,7 +235,8 @@ def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[
             continue
         # One pass over names that are all known and plain; whatever else is in it is looked at one by one.
         try:
-            kinds[i] = [_KINDS[units[name]] for name in index]  # type: ignore[index]
+            places = operator.itemgetter(*index)(units)
+            kinds[i] = np.frombuffer(bytes(map(_KINDS.__getitem__, places)), np.uint8)
         except (KeyError, TypeError):
             any_split |= _look_up(units, index, tier, kinds[i], shares[i])
         if len(units) != len(index):

@@ -33,10 +33,12 @@ __all__ = [
     "smallest_budget",
 ]
 
-MAX_CHUNK_TOK = 2048
+MAX_CHUNK_TOK = 4096
 MAX_PASS_TOK = 16384
 N_PROMPT, N_GEN = 1024, 128  # what a plan's own prediction is about
-_SIZES = (MAX_CHUNK_TOK, 512, 128, 64)  # tokens of one op; smaller ones need less scratch
+_USUAL_CHUNK_TOK = 2048  # that policies get unless they ask for more
+# Tokens of one op: smaller ones need less scratch, larger ones bring what streams fewer times.
+_SIZES = (MAX_CHUNK_TOK, _USUAL_CHUNK_TOK, 512, 128, 64)
 _LOGIT_ROWS = 8
 _SCRATCH_SHARE = 4  # ops shrink until scratch takes at most this part of the budget
 _PASS_SHARE = 16  # passes grow until their hidden states take at most this part
@@ -115,6 +117,7 @@ class _Task:
         self.sizes = sorted(
             {max(wishes.n_seq, min(size, self.most)) for size in _SIZES}, reverse=True
         )
+        self.usual = [size for size in self.sizes if size <= max(_USUAL_CHUNK_TOK, wishes.n_seq)]
         # Policies ask about the same placement again and again; it is kept, so that its id is not another's.
         self._bound: dict[tuple[int, int], tuple[Placement, _core.Plan]] = {}
 
@@ -180,7 +183,7 @@ class _Task:
     # ---- asking the policy ----
 
     def host_plan(self) -> tuple[Plan, _core.Plan]:
-        size = self.sizes[0]
+        size = self.usual[0]
         placement = self._all_cpu("the device has no memory of its own")
         draft = self.draft(placement, size, pass_tok=size)
         core = draft.bind(self.model)
@@ -243,7 +246,7 @@ class _Task:
         """Of ops: those whose scratch leaves most of the budget to weights; the least always."""
         everything = Placement.everywhere(dict.fromkeys((u.name for u in self.model.units), "vram"))
         found = []
-        for size in self.sizes[:-1]:
+        for size in self.usual[:-1]:
             core = self.bound(everything, size, TIERS)
             kinds = core.bytes_by_kind
             scratch = core.needed_bytes - kinds["weights"] - kinds["kv"]

@@ -37,9 +37,10 @@ static uint64_t ring_share(const lowering *l, uint32_t unit) /* what an expert t
 static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
 {
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
+    bool none = l->maps_experts && l->shape.mapped == NULL; /* rides, of this pass */
     uint64_t ring = ps_lower_ring_bytes(l), total = 0, most = ring,
              quarter = ps_max_u64(l->plan->spec.n_slots / 4, 1) * l->plan->spec.slot_bytes;
-    for (uint32_t i = 0; i < ne; i++)
+    for (uint32_t i = 0; i < ne && !none; i++)
         if (rides(l, first + i)) total += ring_share(l, first + i);
     /* A quarter of the ring a group, so that one is used while others travel (with halves, what a
      * group holds back is so much that attention's turn shows as a gap on the bus). But where all
@@ -47,6 +48,7 @@ static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
     if (total > ring || l->n_chunks == 1) most = quarter;
     p->n_groups = 1;
     p->group[0] = (expert_group){0};
+    if (total == 0) return;
     for (uint32_t i = 0; i < ne; i++) {
         if (!rides(l, first + i)) continue;
         expert_group *g = &p->group[p->n_groups - 1];
@@ -62,7 +64,6 @@ static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
 
 static void set_expert(lowering *l, ps_side side, const expert_group *g, uint32_t i, uint32_t unit)
 {
-    if (l->measures) return; /* of thousands of experts that is most of the work */
     ps_emit_table_set(l->e, side, g->gate + i,
         ps_lower_at_weight(l, side, unit, ps_model_find(l->model, unit, PS_W_GATE)));
     ps_emit_table_set(l->e, side, g->up + i,
@@ -114,6 +115,7 @@ static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
     for (uint32_t i = 0; i < ne; i++) {
         ps_side side = ps_plan_side(l->plan, l->shape.tier, first + i);
         p->any[side] = true;
+        if (l->measures) continue; /* of thousands of experts the tables are most of the work */
         if (p->gathers && side == PS_SIDE_DEV)
             set_image(l, p, i, first + i);
         else if (!rides(l, first + i))
@@ -136,11 +138,12 @@ static void stream_group(lowering *l, uint32_t layer, const expert_group *g)
     if (again && ps_lower_is_live(l, (int32_t)owner, at, g->n_bytes)) return;
     if (again) l->next_slot = (uint32_t)(at / slot);
     at = ps_lower_take_slots(l, (int32_t)owner, g->n_bytes);
+    l->ring_at[owner] = at;
+    if (l->measures) return;
     for (uint32_t i = g->first; i < g->first + g->n; i++) {
         if (!rides(l, first + i)) continue;
         l->ring_at[first + i] = at;
-        if (!l->measures)
-            ps_lower_copy_pieces(l, first + i, at, 0, l->model->units[first + i].n_bytes);
+        ps_lower_copy_pieces(l, first + i, at, 0, l->model->units[first + i].n_bytes);
         if (!again) set_expert(l, PS_SIDE_DEV, g, i, first + i);
         at += ring_share(l, first + i);
     }

@@ -25,11 +25,6 @@ uint32_t ps_plan_tier(const ps_plan *plan, uint32_t n_tok)
     return i;
 }
 
-ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit)
-{
-    return ps_plan_place(plan, tier, unit).kind == PS_PLACE_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
-}
-
 /* ---- rules ---- */
 
 ps_status ps_plan_refuse(

@@ -208,7 +208,10 @@ static inline ps_place ps_plan_place(const ps_plan *plan, uint32_t tier, uint32_
 }
 /* Where a unit computes in a tier; where it is split, where its shares are joined: on the GPU if
  * any of it computes there. */
-ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit);
+static inline ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit)
+{
+    return ps_plan_place(plan, tier, unit).kind == PS_PLACE_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
+}
 /* The unit of the caller's model that this one is, or is a part of. */
 static inline int32_t ps_plan_whole(const ps_plan *plan, int32_t unit)
 {

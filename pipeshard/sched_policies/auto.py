@@ -1,33 +1,51 @@
 """`auto`: what is predicted to be best at first and later tokens alike. It makes the product of the time to the first
-token of a prompt of 1,024 and the time of a token behind it least: a hundredth of the one is worth a hundredth of the
-other. (The time of prompt and answer together would trade a first token that comes twice as late for 3 % of the rest.)
+token and the time of a token behind it least: a hundredth of the one is worth a hundredth of the other. (The time of
+prompt and answer together would trade a first token that comes twice as late for 3 % of the rest.) It goes by a prompt
+of 1,024; where the context is for more, also by the longest that fits, which counts half as much.
 
 What fits is resident. Else the units that save most seconds a byte are: attention with its KV, which every token needs,
 then feed-forward and head, then experts, of which a token needs few; the token table last, for only rows of it are
 read. The rest is shared by the bus and the CPU, which both work at once: of each class of passes a share of the
 remaining units streams, spread evenly over the layers, and the CPU computes the others meanwhile; of experts that is so
 within each layer, and without experts feed-forwards and head may be split by rows instead. Which share follows from how
-long both sides take for a byte at that many tokens; that share, half of it, none and all are simulated for every class,
-so where streaming begins to pay is the cost model's to say.
+long both sides take for a byte at that many tokens; that share, parts of it, none and all are simulated for every
+class, so where streaming begins to pay is the cost model's to say.
 
-Then sizes are tried one by one, each against the best so far: of the ring, of the ops, KV in host memory, experts
-spread over all layers or whole layers of them; without experts, whole layers instead of all layers' attention. Last
-come the placements of the policies to compare with, so that by prediction `auto` is never worse than any of them. The
-CPU gets everything only where no other placement fits.
+Then comes what takes VRAM from weights: the ring, larger ops and KV. They are tried together, for one by one they get
+stuck: a prompt of several ops streams once only through a ring that holds a layer, one op that is large enough makes
+that needless, and a window of KV finds the room for either. Then experts spread over all layers or whole layers of
+them; without experts, whole layers instead of all layers' attention. Last come the placements of the policies to
+compare with, so that by prediction `auto` is never worse than any of them. The CPU gets everything only where no other
+placement fits.
 
 Threads: pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from ..cost import Shape
 from ..errors import BudgetError
 from . import register
-from .base import Place, Placement, PolicyContext, Split, Tier, Unit, same_in_all, vram_share
+from .base import (
+    N_GEN,
+    N_PROMPT,
+    Place,
+    Placement,
+    PolicyContext,
+    Split,
+    Tier,
+    Unit,
+    latency,
+    prompt_lengths,
+    same_in_all,
+    vram_share,
+)
 from .even_split import EvenSplit
 from .experts_cpu import ExpertsCpu
 from .full_gpu_no_output import FullGpuNoOutput
@@ -36,30 +54,39 @@ from .layer_split import LayerSplit
 from .shard_attn import ShardAttn
 from .static_attn import StaticAttn
 
-N_PROMPT, N_GEN = 1024, 128
 _OTHERS = (FullGpuNoOutput, StaticAttn, ShardAttn, FullShard, LayerSplit, ExpertsCpu)
 _MANY_UNITS = 8192  # so many are not also divided evenly: that alone would take a second
 _ALIGN = 256
 _SLOT_BYTES = 32 << 20
 _LEAST_SLOT = 256 << 10
 _UNUSED_SECONDS = 200e-6  # a token, that an empty VRAM counts as
+_RINGS = (0.5, 1.25, 2.25, 3.25)  # a part of a layer; one, two and three whole, and something more
+_PARTS = (1.0, 0.85, 0.7, 0.5, 0.25)  # of the share that streams by the balance of both sides alone
+_FEW_TOK = 8  # passes of at most so many have one share of what is split
+_WINDOW_TOK = N_PROMPT + 2 * N_GEN  # of KV: a usual prompt, its answer and some more
+_PAGE_TOK = 64  # of KV, of which a window has one more
 _SNAP = 0.06  # a share this near to none or all of it is that
 
 
 @dataclass(frozen=True)
 class _Settings:
     """What a candidate is made from. share: of what is not resident, what streams, by tier; ring: in units of the
-    largest part of a layer that streams; spread: experts of all layers alike rather than layer by layer; whole: the
-    last layers wholly rather than attention of all, which saves hand-offs; split: the share is of each feed-forward's
-    rows rather than of the feed-forwards."""
+    largest part of a layer that streams; kv_tok: newest tokens of a sequence whose KV is in VRAM (None: all); spread:
+    experts of all layers alike rather than layer by layer; whole: the last layers wholly rather than attention of all,
+    which saves hand-offs; split: the share is of each feed-forward's rows rather than of the feed-forwards."""
 
     share: Mapping[str, float]
     ring: float = 0.5
     size: int = 0
-    kv_host: bool = False
+    kv_tok: int | None = None
     spread: bool = False
     whole: bool = False
     split: bool = False
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        other = (self.ring, self.size, self.kv_tok, self.spread, self.whole, self.split)
+        return (tuple(sorted(self.share.items())), *other)
 
 
 @dataclass(frozen=True)
@@ -98,6 +125,10 @@ class _Search:
     best_score: float = float("inf")
     settings: _Settings = field(default_factory=lambda: _Settings({}))
     _base: dict[tuple[object, ...], int] = field(default_factory=dict)
+    _tried: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _places: dict[tuple[object, ...], tuple[Mapping[str, Place], int, int]] = field(
+        default_factory=dict
+    )
 
     @cached_property
     def groups(self) -> list[_Group]:
@@ -163,39 +194,53 @@ class _Search:
         return used
 
     def resident_bytes(self, group: _Group, settings: _Settings) -> int:
-        return group.n_bytes + (0 if settings.kv_host else group.kv_bytes)
+        if settings.kv_tok is None:
+            return group.n_bytes + group.kv_bytes
+        n_tok = settings.kv_tok + _PAGE_TOK if settings.kv_tok else 0
+        return group.n_bytes + group.kv_bytes * n_tok // self.ctx.n_ctx
 
     # ---- a candidate ----
 
     def placement(self, counts: list[int], settings: _Settings) -> Placement:
         """counts: of each group, what is resident; the rest in turn on bus and CPU, as the share says."""
         ctx = self.ctx
-        near: list[str] = []
-        far: list[tuple[_Group, tuple[str, ...], int]] = []
-        for group, n in zip(self.groups, counts, strict=True):
-            resident, rest = group.split(n)
-            near += resident
-            if rest:
-                far.append((group, rest, group.far_bytes(n)))
         decode = settings.share.get(ctx.tiers[0].name, 0.0)
-        made: dict[float, tuple[dict[str, Place], int, int]] = {}
-        for share in {settings.share.get(tier.name, 0.0) for tier in ctx.tiers}:
-            made[share] = _shared(far, share, decode, settings.split)
-            made[share][0].update(dict.fromkeys(near, "vram"))
+        shares = {tier.name: settings.share.get(tier.name, 0.0) for tier in ctx.tiers}
+        made = {s: self._made(tuple(counts), s, decode, settings.split) for s in shares.values()}
         lump = max((lump for _, lump, _ in made.values()), default=0)
         largest = max((largest for _, _, largest in made.values()), default=0)
         n_slots, slot_bytes = _ring(lump, largest, settings.ring)
         return Placement(
-            places={t.name: made[settings.share.get(t.name, 0.0)][0] for t in ctx.tiers},
-            kv_vram_tok={layer.index: 0 for layer in ctx.layers} if settings.kv_host else None,
+            places={name: made[s][0] for name, s in shares.items()},
+            kv_vram_tok=None
+            if settings.kv_tok is None
+            else dict.fromkeys((layer.index for layer in ctx.layers), settings.kv_tok),
             n_slots=n_slots,
             slot_bytes=slot_bytes,
             chunk_tok=settings.size,
         )
 
+    def _made(
+        self, counts: tuple[int, ...], share: float, decode: float, split: bool
+    ) -> tuple[Mapping[str, Place], int, int]:
+        """Places for one class of passes, as _shared() has them. Candidates have most of these in common."""
+        key = (counts, share, decode, split)
+        if key not in self._places:
+            near: list[str] = []
+            far: list[tuple[_Group, tuple[str, ...], int]] = []
+            for group, n in zip(self.groups, counts, strict=True):
+                resident, rest = group.split(n)
+                near += resident
+                if rest:
+                    far.append((group, rest, group.far_bytes(n)))
+            places, lump, largest = _shared(far, share, decode, split)
+            places.update(dict.fromkeys(near, "vram"))
+            self._places[key] = MappingProxyType(places), lump, largest
+        return self._places[key]
+
     def base_bytes(self, settings: _Settings) -> int:
         """What a candidate takes beside residents and ring."""
-        key = (tuple(sorted(settings.share.items())), settings.size, settings.kv_host)
+        key = (tuple(sorted(settings.share.items())), settings.size, settings.kv_tok)
         if key not in self._base:
             empty = self.placement([0] * len(self.groups), settings)
             # With attention on the GPU in every class of passes its KV is there too, resident or not.
@@ -235,62 +280,119 @@ class _Search:
     def score(self, placement: Placement) -> float:
         """The objective. A placement that leaves VRAM unused is worth it only if that gains something: latencies of so
         little are not known any better, and the budget was given to be used."""
-        run = self.ctx.simulate(placement, min(N_PROMPT, self.ctx.n_ctx))
-        places = placement.places[self.ctx.tiers[0].name]
-        near = sum(unit.n_bytes * vram_share(places[unit.name]) for unit in self.ctx.units)
-        unused = 1.0 - near / max(1, self.total)
-        return run.ttft_s * (self.ctx.n_seq / run.tps + _UNUSED_SECONDS * unused)
+        unused = 1.0 - self._near_bytes(placement) / max(1, self.total)
+        return latency(self.ctx, placement, _UNUSED_SECONDS * unused, self.best_score)
+
+    def _near_bytes(self, placement: Placement) -> float:
+        units = self.ctx.units
+        places = [placement.places[self.ctx.tiers[0].name][name] for name in self.ctx.names]
+        if any(isinstance(place, Split) for place in places):
+            return sum(u.n_bytes * vram_share(p) for u, p in zip(units, places, strict=True))
+        return sum(u.n_bytes for u, p in zip(units, places, strict=True) if p == "vram")
 
     @cached_property
     def total(self) -> int:
         return sum(unit.n_bytes for unit in self.ctx.units)
 
-    def offer(self, placement: Placement | None, settings: _Settings | None = None) -> bool:
+    def offer(self, placement: Placement | None, settings: _Settings | None = None) -> float:
+        """Its score; infinite where there is none. The best so far is kept."""
         if placement is None:
-            return False
+            return math.inf
         score = self.score(placement)
-        if score >= self.best_score:
-            return False
-        self.best, self.best_score = placement, score
-        if settings is not None:
-            self.settings = settings
-        return True
+        if score < self.best_score:
+            self.best, self.best_score = placement, score
+            if settings is not None:
+                self.settings = settings
+        return score
 
-    def try_settings(self, settings: _Settings) -> bool:
-        return self.offer(self.build(settings), settings)
+    def try_settings(self, settings: _Settings) -> float:
+        key = settings.key
+        if key not in self._tried:
+            self._tried[key] = self.offer(self.build(settings), settings)
+        return self._tried[key]
 
-    def choose_shares(self, base: _Settings) -> None:
-        """For each class of passes the share that makes its own passes shortest, everything else being equal."""
-        ctx = self.ctx
+    def choose_shares(self, base: _Settings, tiers: Sequence[Tier] = ()) -> None:
+        """For each class of passes the share that makes its own passes shortest, everything else being equal, from all
+        down to nothing: as far as it gains."""
         start, counts = self.build_counts(base)
         if start is None:
             return
-        found: dict[str, tuple[float, float]] = {}
-        half = {name: share / 2 for name, share in base.share.items()}
-        options = [base.share, half, *(dict.fromkeys(base.share, s) for s in (0.0, 1.0))]
-        for shares in options:
-            made = self.placement(counts, replace(base, share=shares))
-            for tier in ctx.tiers:
-                seconds = ctx.pass_seconds(made, _typical(ctx, tier))
-                if tier.name not in found or seconds < found[tier.name][0]:
-                    found[tier.name] = (seconds, shares[tier.name])
-        if found:
-            shares = {name: share for name, (_, share) in found.items()}
-            self.try_settings(replace(base, share=shares))
+        found = {name: [(math.inf, share)] for name, share in self.settings.share.items()}
+        for part in (None, *_PARTS, 0.0):
+            shares = {t: 1.0 if part is None else part * s for t, s in base.share.items()}
+            made = self._in_ring_of(start, counts, replace(base, share=shares))
+            for tier in tiers or self.ctx.tiers:
+                tried = found[tier.name]
+                if min(tried) in tried[-2:]:  # else twice in a row no better
+                    tried.append((self._pass_seconds(made, tier), shares[tier.name]))
+        self.try_settings(
+            replace(base, share={name: min(tried)[1] for name, tried in found.items()})
+        )
 
-    def variations(self) -> Iterator[Callable[[_Settings], _Settings]]:
-        """One thing changed at a time."""
-        for ring in (1.25, 2.0, 3.0):
-            yield lambda s, ring=ring: replace(s, ring=ring)  # type: ignore[misc]
-        at = self.ctx.sizes.index(self.ctx.size)
-        for size in [*self.ctx.sizes[:at], *self.ctx.sizes[at + 1 : at + 2]]:
-            yield lambda s, size=size: replace(s, size=size)  # type: ignore[misc]
-        if any(unit.kv_bytes_per_tok for unit in self.ctx.units):
-            yield lambda s: replace(s, kv_host=True)
+    def choose_split(self, base: _Settings) -> None:
+        """Likewise of feed-forwards that are split by rows; but one share for all passes of few tokens and one for all
+        others, for each boundary more cuts a feed-forward into smaller ops."""
+        start, counts = self.build_counts(base)
+        if start is None:
+            return
+        few = [tier for tier in self.ctx.tiers if tier.max_tok and tier.max_tok <= _FEW_TOK]
+        many = [tier for tier in self.ctx.tiers if tier not in few]
+        shares = dict(base.share)
+        for group, typical in ((few, few[:1]), (many, many[-1:])):
+            for tier in typical:
+                tried: dict[float, float] = {}
+                for share in {1.0, 0.0, *(part * base.share[tier.name] for part in _PARTS)}:
+                    shares |= {one.name: share for one in group}
+                    made = self._in_ring_of(start, counts, replace(base, share=shares))
+                    tried[share] = self._pass_seconds(made, tier)
+                shares |= {one.name: min(tried, key=tried.__getitem__) for one in group}
+        self.try_settings(replace(base, share=shares))
+
+    def _in_ring_of(self, start: Placement, counts: list[int], settings: _Settings) -> Placement:
+        """A placement to compare with others by its shares: where its own ring would be smaller, with that of start."""
+        made = self.placement(counts, settings)
+        if made.n_slots * made.slot_bytes >= start.n_slots * start.slot_bytes:
+            return made
+        return replace(made, n_slots=start.n_slots, slot_bytes=start.slot_bytes)
+
+    def _pass_seconds(self, placement: Placement, tier: Tier) -> float:
+        return self.ctx.pass_seconds(placement, _typical(self.ctx, tier))
+
+    def choose_memory(self) -> None:
+        """What takes VRAM from weights so that long prompts are quick, together: a prompt that is one op streams once
+        through any ring, one of several ops once through a ring that holds a layer, and either finds room where old KV
+        is in host memory."""
+        ctx, found = self.ctx, self.settings
+        at, longest = ctx.sizes.index(ctx.size), max(prompt_lengths(ctx.n_ctx))
+        has_kv = any(unit.kv_bytes_per_tok for unit in ctx.units)
+        wide = has_kv and ctx.n_ctx > 2 * _WINDOW_TOK
+        # Shares were chosen for the usual size; what streams once is worth it more.
+        streams = dict(found.share) | {ctx.tiers[-1].name: 1.0}
+        options = [found] if streams == found.share else [found, replace(found, share=streams)]
+        for option in options:
+            for kv_tok in (None, _WINDOW_TOK) if wide else (None,):
+                for size in ctx.sizes[: at + 1]:
+                    self._widen(replace(option, kv_tok=kv_tok, size=size), size < longest)
+        for size in ctx.sizes[at + 1 : at + 2]:
+            self.try_settings(replace(self.settings, size=size))
+        if has_kv:
+            self.try_settings(replace(self.settings, kv_tok=0))
+
+    def _widen(self, settings: _Settings, in_chunks: bool) -> None:
+        """Larger rings, until that makes it worse; where chunks want one that holds a layer, that one in any case."""
+        last = math.inf
+        for ring in _RINGS:
+            score = self.try_settings(replace(settings, ring=ring))
+            if score > last and not (in_chunks and ring < 1.0):
+                break
+            last = score
+
+    def choose_where(self) -> None:
+        """Units of all layers alike, or those of some layers first."""
         if self.ctx.has_experts:
-            yield lambda s: replace(s, spread=True)
+            self.try_settings(replace(self.settings, spread=True))
         else:
-            yield lambda s: replace(s, whole=True)
+            self.try_settings(replace(self.settings, whole=True))
 
 
 @register
@@ -310,11 +412,13 @@ class Auto:
         search.try_settings(replace(balanced, share=dict.fromkeys(share, 0.0)))
         search.choose_shares(balanced)
         if not ctx.has_experts:
-            search.choose_shares(replace(balanced, split=True))
-        for change in search.variations():
-            changed = change(search.settings)
-            if changed != search.settings:
-                search.try_settings(changed)
+            search.choose_split(replace(balanced, split=True))
+        search.choose_memory()
+        search.choose_where()
+        if search.settings.split:
+            search.choose_split(replace(search.settings, share=share))
+        else:
+            search.choose_shares(replace(search.settings, share=share), ctx.tiers[:1])
         for placement in self._others(ctx):
             search.offer(placement)
         if search.best is None:
@@ -407,8 +511,10 @@ def _aligned(n_bytes: int) -> int:
 
 
 def _typical(ctx: PolicyContext, tier: Tier) -> int:
-    """Tokens of a pass that stands for the tier: its largest, of the last one a prompt."""
-    return max(ctx.n_seq if tier is ctx.tiers[0] else 1, min(tier.max_tok or N_PROMPT, ctx.n_ctx))
+    """Tokens of a pass that stands for the tier: its largest; of the last one a prompt between usual and longest."""
+    lengths = prompt_lengths(ctx.n_ctx)
+    prompt = int(math.sqrt(min(lengths) * max(lengths)))
+    return max(ctx.n_seq if tier is ctx.tiers[0] else 1, min(tier.max_tok or prompt, ctx.n_ctx))
 
 
 def _seconds_a_byte(ctx: PolicyContext, unit: Unit, n_tok: int) -> float:
@@ -444,7 +550,7 @@ def _balance(ctx: PolicyContext, n_tok: int) -> float:
 
 def _all_cpu(ctx: PolicyContext) -> Placement | None:
     """The least demanding placement, with the largest ops that fit."""
-    for size in ctx.sizes:
+    for size in ctx.sizes[ctx.sizes.index(ctx.size) :]:
         places: dict[str, Place] = dict.fromkeys((unit.name for unit in ctx.units), "cpu")
         placement = replace(same_in_all(ctx, places), chunk_tok=size, pass_tok=size)
         if ctx.fits(placement):

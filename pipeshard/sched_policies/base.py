@@ -10,9 +10,11 @@ Threads: immutable, all of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 from ..errors import BudgetError, PlanError
@@ -21,6 +23,8 @@ from ..sizes import format_bytes
 
 __all__ = [
     "GPU_TOK",
+    "N_GEN",
+    "N_PROMPT",
     "Layer",
     "Place",
     "Placement",
@@ -31,15 +35,20 @@ __all__ = [
     "Unit",
     "check",
     "fitting",
+    "latency",
     "lump_bytes",
     "most",
     "place_units",
+    "prompt_lengths",
     "same_in_all",
 ]
 
+N_PROMPT, N_GEN = 1024, 128  # a usual prompt and answer
+_MOST_PROMPT = 16384  # longer ones go in passes of so many
 GPU_TOK = 32  # passes of at least as many tokens are worth bringing weights to the GPU, say llama.cpp's policies
 _ALIGN = 256  # of memory that the core lays out
 _PLACES = ("vram", "stream", "cpu")
+_NAME, _N_BYTES = attrgetter("name"), attrgetter("n_bytes")  # of thousands of units, without a call
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +92,8 @@ class Layer:
 @dataclass(frozen=True)
 class PolicyContext:
     """All that a policy may look at. `profile` and `cost` describe the machine; `sizes`: tokens of one op that a
-    placement may ask for, largest first; `size`: those that it gets if it does not ask. The questions are answered by
-    whoever makes the context."""
+    placement may ask for, largest first; `size`: those that it gets if it does not ask, which may be fewer than the
+    most. The questions are answered by whoever makes the context."""
 
     units: tuple[Unit, ...]
     tiers: tuple[Tier, ...]
@@ -128,6 +137,11 @@ class PolicyContext:
         return self.ask_pass(placement, n_tok)
 
     @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Of the units, in their order."""
+        return tuple(map(_NAME, self.units))
+
+    @cached_property
     def layers(self) -> tuple[Layer, ...]:
         parts: dict[int, tuple[list[Unit], list[Unit]]] = {}
         for unit in self.units:
@@ -162,9 +176,9 @@ def place_units(
     cpu: Iterable[Unit] = (),
 ) -> dict[str, Place]:
     """A place for every unit: `default` where nothing else is said."""
-    places: dict[str, Place] = dict.fromkeys((unit.name for unit in ctx.units), default)
+    places: dict[str, Place] = dict.fromkeys(ctx.names, default)
     for place, units in (("vram", vram), ("stream", stream), ("cpu", cpu)):
-        places.update(dict.fromkeys((unit.name for unit in units), place))  # type: ignore[arg-type]
+        places.update(dict.fromkeys(map(_NAME, units), place))
     return places
 
 
@@ -179,7 +193,7 @@ def same_in_all(
 
 def lump_bytes(*groups: Iterable[Unit]) -> int:
     """A slot that holds each of the groups of units whole, a group one after the other; 0 where there is none."""
-    sizes = (sum(_aligned(unit.n_bytes) for unit in group) for group in groups)
+    sizes = (sum(map(_aligned, map(_N_BYTES, group))) for group in groups)
     return max(sizes, default=0)
 
 
@@ -221,6 +235,38 @@ def most(ctx: PolicyContext, high: int, make: Callable[[int], Placement]) -> int
         else:
             high, need_high = middle, needed
     return low
+
+
+# ---- what is better ----
+
+
+def prompt_lengths(n_ctx: int) -> dict[int, int]:
+    """Of prompts that contexts of n_ctx are for, their weights: a usual one, and where there is room for more than two
+    of it, also the longest with an answer behind it, which counts half as much, for most prompts are not."""
+    usual = min(N_PROMPT, n_ctx)
+    return {usual: 1} if n_ctx <= 2 * N_PROMPT else {usual: 2, min(n_ctx - N_GEN, _MOST_PROMPT): 1}
+
+
+def latency(
+    ctx: PolicyContext, placement: Placement, more_s: float = 0.0, limit: float = math.inf
+) -> float:
+    """The product of the time to the first token and that of one behind it, a hundredth of the one being worth a
+    hundredth of the other; the geometric mean over prompt_lengths(). more_s: is added to the time of a token. limit:
+    what is above it need not be exact."""
+    weights = prompt_lengths(ctx.n_ctx)
+    total = left = sum(weights.values())
+    product, mean = 1.0, math.inf
+    for n_prompt, weight in sorted(weights.items()):
+        run = ctx.simulate(placement, n_prompt)
+        one = run.ttft_s * (ctx.n_seq / run.tps + more_s)
+        mean = math.pow(
+            product * one**left, 1.0 / total
+        )  # were longer prompts as quick, which they are not
+        if mean > limit:
+            break
+        product *= one**weight
+        left -= weight
+    return mean
 
 
 # ---- is it a placement at all ----

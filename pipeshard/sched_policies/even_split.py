@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from . import register
-from .base import Place, Placement, PolicyContext, Split, fitting, most
+from .base import N_PROMPT, Place, Placement, PolicyContext, Split, fitting, latency, most
 
 _STEPS = 64  # of the share in VRAM
 _FEW_TOK = (
@@ -21,7 +21,6 @@ _FEW_TOK = (
 _SHARES = (0.0, 0.15, 0.3, 0.45, 0.6, 1.0)  # of what is not in VRAM, that streams
 _N_SLOTS = 4
 _LEAST_SLOT = 256 << 10
-_N_PROMPT = 1024
 _ALIGN = 256
 
 
@@ -50,7 +49,7 @@ class EvenSplit:
             if share is None:
                 continue
             placement = _placement(ctx, share, changed)
-            score = _score(ctx, placement)
+            score = latency(ctx, placement, limit=best_score)
             if score < best_score:
                 best, best_score, settings = placement, score, changed
         if best is None:  # BudgetError, with what the least of these placements needs
@@ -65,7 +64,8 @@ def _changes(ctx: PolicyContext) -> Iterator[dict[str, object]]:
     yield {"split_head": True}
     for size in ctx.sizes[ctx.sizes.index(ctx.size) + 1 :][:2]:
         yield {"size": size}
-    yield {"ring": 1.25}
+    for ring in (1.25, 2.25):
+        yield {"ring": ring}
     yield {"many": 0.0, "few": 0.0}
     yield {"many": 0.0, "few": 0.0, "split_head": True, "size": ctx.sizes[-1]}
 
@@ -83,15 +83,10 @@ def _settle(ctx: PolicyContext, settings: _Settings) -> _Settings:
     def seconds(changed: _Settings, n_tok: int) -> float:
         return ctx.pass_seconds(_placement(ctx, vram, changed), n_tok)
 
-    few_tok, many_tok = max(1, ctx.n_seq), min(_N_PROMPT, ctx.n_ctx)
+    few_tok, many_tok = max(1, ctx.n_seq), min(N_PROMPT, ctx.n_ctx)
     few = min(_SHARES, key=lambda s: seconds(replace(settings, few=s), few_tok))
     many = min((1.0, few), key=lambda s: seconds(replace(settings, few=few, many=s), many_tok))
     return replace(settings, few=few, many=many)
-
-
-def _score(ctx: PolicyContext, placement: Placement) -> float:
-    run = ctx.simulate(placement, min(_N_PROMPT, ctx.n_ctx))
-    return run.ttft_s * ctx.n_seq / run.tps
 
 
 # ---- placements ----
@@ -113,7 +108,7 @@ def _placement(ctx: PolicyContext, share: float, settings: _Settings) -> Placeme
     }
     slot = _slot_bytes(ctx, share, settings)
     return Placement(
-        places={tier.name: made[(tier.max_tok or _N_PROMPT) <= _FEW_TOK] for tier in ctx.tiers},
+        places={tier.name: made[(tier.max_tok or N_PROMPT) <= _FEW_TOK] for tier in ctx.tiers},
         n_slots=_N_SLOTS if slot else 0,
         slot_bytes=slot,
         chunk_tok=settings.size,

@@ -17,7 +17,7 @@ import pytest
 import pipeshard as ps
 from pipeshard import sched_policies
 from pipeshard.placement import TIERS, Place, Placement, Split, Unit
-from pipeshard.sched_policies.base import PolicyContext, Prediction, vram_share
+from pipeshard.sched_policies.base import PolicyContext, Prediction, same_in_all, vram_share
 
 MIB = 1 << 20
 N_CTX = 1024
@@ -697,3 +697,33 @@ def test_engines_ask_policies(llama: str) -> None:
         ps.Engine(llama, policy="none_such")
     with ps.Engine(llama, device="host", n_ctx=64, policy="full_gpu") as engine:
         assert set(engine.plan.places["decode"].values()) == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["llama", "moe"])
+def test_ops_of_more_tokens_than_usual(name: str, request: pytest.FixtureRequest) -> None:
+    """A policy may ask for them, and gets the same bits in fewer ops."""
+    model = ps.Model(request.getfixturevalue(name))
+    prompt, found = [3 + i * 7 % 200 for i in range(4200)], []
+
+    def ask(ctx: PolicyContext, size: int) -> Placement:
+        assert (ctx.sizes[0], ctx.size) == (4096, 2048)
+        placement = same_in_all(
+            ctx, dict.fromkeys(ctx.names, "stream"), n_slots=4, slot_bytes=1 << 20
+        )
+        return replace(placement, chunk_tok=size)
+
+    for size in (0, 4096):
+        with ps.Engine(
+            model,
+            device="emu",
+            n_ctx=4352,
+            vram="1GiB",
+            policy=lambda ctx, size=size: ask(ctx, size),
+        ) as engine:
+            engine.generate(prompt, max_tokens=1, temperature=0)
+            n_ticks = len(engine.plan.bind(model).ticks(len(prompt)))
+            found.append((engine.plan.chunk_tok, n_ticks, engine.last_logits.copy()))
+    (usual, many, logits), (large, few, others) = found
+    assert (usual, large) == (2048, 4096)
+    assert few < many
+    assert (logits == others).all()
