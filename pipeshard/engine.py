@@ -507,7 +507,8 @@ class Engine(TracedEngine):
     @property
     def stats(self) -> Json:
         """Counts and times of the last run, memory and traffic since open. Seconds are those of the device: virtual
-        on emu, with the run's `wall_s` beside."""
+        on emu, with the run's `wall_s` beside. disk_direct: whether units on disk are read past the page cache; False
+        where the file system allows it not; None: none is there."""
         core = self._usable()
         with contextlib.suppress(BusyError):  # then those of the last look have to do
             self._last_core_stats = core.stats()

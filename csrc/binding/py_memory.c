@@ -10,6 +10,13 @@ static int add_u64(PyObject *dict, const char *key, uint64_t value)
     return py_dict_take(dict, key, PyLong_FromUnsignedLongLong(value));
 }
 
+/* None: nothing is on disk. */
+static int add_direct(PyObject *dict, ps_disk_direct direct)
+{
+    PyObject *const values[] = {Py_None, Py_False, Py_True};
+    return PyDict_SetItemString(dict, "disk_direct", values[direct]);
+}
+
 const char py_stats_doc[] =
     PyDoc_STR("stats() -> dict\n\nMemory now and at its peak, bytes moved, passes run.");
 
@@ -33,7 +40,7 @@ PyObject *py_engine_stats(PyObject *self, PyObject *unused)
              add_u64(dict, "locked_bytes", s.locked_bytes) < 0 ||
              add_u64(dict, "ram_bytes", s.ram_bytes) < 0 ||
              add_u64(dict, "bounce_bytes", s.bounce_bytes) < 0 ||
-             add_u64(dict, "disk_bytes", s.disk_bytes) < 0 ||
+             add_u64(dict, "disk_bytes", s.disk_bytes) < 0 || add_direct(dict, s.disk_direct) < 0 ||
              add_u64(dict, "n_passes", s.n_passes) < 0 ||
              add_u64(dict, "n_graph_launches", s.n_graph_launches) < 0 ||
              add_u64(dict, "busy_ns", s.busy_ns) < 0 ||

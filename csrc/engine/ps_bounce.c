@@ -5,8 +5,10 @@
 #include <stdatomic.h>
 #include <string.h>
 
+#include "format/ps_gguf_direct.h"
+
 enum {
-    PAGE_BYTES = 4096,
+    PAGE_BYTES = PS_DIRECT_PAGE_BYTES,
     SLACK_BYTES = 2 * PAGE_BYTES, /* of a slot: what a file is read in begins and ends on pages */
     FLAG_STRIDE = 64,             /* one flag a cache line */
     MAX_SLOTS = 8,
@@ -14,6 +16,7 @@ enum {
     MIN_SLOTS = 2,
     SHARE_BYTES = 256 << 10, /* what is worth a thread of its own */
     MAX_THREADS = 6,         /* as many keep up with the bus */
+    MIN_DISK_THREADS = 2,    /* a disk that is asked for two things at once never idles */
 };
 
 typedef struct slot {
@@ -27,6 +30,7 @@ struct ps_bounce {
     ps_device *device;              /* borrows */
     ps_stream *stream;              /* owns; fills */
     ps_pool *pool;                  /* owns; its thread 0 is the stream's */
+    ps_gguf_direct *files;          /* owns; NULL where no unit is on disk */
     void *locked;                   /* owns; slots and flags */
     uint64_t locked_bytes, payload_bytes;
     uint32_t n_slots, next;
@@ -82,9 +86,11 @@ ps_status ps_bounce_create(const ps_host_weights *weights, ps_device *device, ui
     b->weights = weights;
     b->device = device;
     pthread_mutex_init(&b->lock, NULL);
-    int n_threads = ps_cpu_count() / 2;
-    n_threads = n_threads < 1 ? 1 : n_threads > MAX_THREADS ? MAX_THREADS : n_threads;
+    bool disk = weights->disk_bytes > 0;
+    int n_threads = ps_cpu_count() / 2, least = disk ? MIN_DISK_THREADS : 1;
+    n_threads = n_threads < least ? least : n_threads > MAX_THREADS ? MAX_THREADS : n_threads;
     ps_status status = take_memory(b, room_bytes, err);
+    if (status == PS_OK && disk) status = ps_gguf_direct_open(weights->model->gguf, &b->files, err);
     if (status == PS_OK) status = ps_stream_create(device, PS_STREAM_CPU, &b->stream, err);
     if (status == PS_OK) status = ps_pool_create(n_threads, &b->pool, err);
     if (status != PS_OK)
@@ -99,6 +105,7 @@ void ps_bounce_destroy(ps_bounce *b)
     if (b == NULL) return;
     if (b->stream != NULL) ps_stream_destroy(b->device, b->stream);
     ps_pool_destroy(b->pool);
+    ps_gguf_direct_close(b->files);
     if (b->locked != NULL) ps_device_locked_free(b->device, b->locked);
     pthread_mutex_destroy(&b->lock);
     ps_free(b);
@@ -109,23 +116,44 @@ uint64_t ps_bounce_bytes(const ps_bounce *b)
     return b != NULL ? b->locked_bytes : 0;
 }
 
+ps_disk_direct ps_bounce_disk_direct(const ps_bounce *b)
+{
+    if (b == NULL || b->files == NULL) return PS_DISK_UNUSED;
+    return ps_gguf_direct_works(b->files) ? PS_DISK_DIRECT : PS_DISK_CACHED;
+}
+
 /* ---- filling, on the stream's thread ---- */
 
+/* A slot holds what is copied from `skew` on: a file is read from a multiple of its alignment on,
+ * and so begins a little early and ends a little late. */
 typedef struct fill {
     ps_bounce *bounce;
     uint64_t from, n_bytes; /* of the unit's image */
-    unsigned char *dst;
-    uint32_t unit;
+    unsigned char *slot;
+    uint64_t skew;
+    uint64_t file_offset, read_bytes; /* what is read there; no bytes: not past the page cache */
+    uint32_t unit, i_file;
 } fill;
 
+/* Bytes [from, to) of the slot. */
 static ps_status read_share(const fill *f, uint64_t from, uint64_t to, ps_err *err)
 {
     const ps_host_weights *w = f->bounce->weights;
+    const ps_model *m = w->plan->model;
+    uint64_t end = f->skew + f->n_bytes, lo = ps_min_u64(ps_max_u64(from, f->skew), end);
+    uint64_t n_bytes = ps_max_u64(lo, ps_min_u64(to, end)) - lo, at = f->from + lo - f->skew;
     const unsigned char *image = ps_host_weights_image(w, f->unit);
+    if (image != NULL) {
+        memcpy(f->slot + lo, image + at, n_bytes);
+        return PS_OK;
+    }
+    if (f->read_bytes == 0) return ps_model_read_part(m, f->unit, at, n_bytes, f->slot + lo, err);
+    image = ps_images_borrow(m->images, f->unit); /* another engine may have it */
     if (image == NULL)
-        return ps_model_read_part(
-            w->plan->model, f->unit, f->from + from, to - from, f->dst + from, err);
-    memcpy(f->dst + from, image + f->from + from, to - from);
+        return ps_gguf_direct_read(
+            f->bounce->files, f->i_file, f->file_offset + from, f->slot + from, to - from, err);
+    memcpy(f->slot + lo, image + at, n_bytes);
+    ps_images_return(m->images, f->unit);
     return PS_OK;
 }
 
@@ -133,9 +161,10 @@ static void fill_member(void *ctx, int i_thread, int n_threads)
 {
     const fill *f = ctx;
     ps_bounce *b = f->bounce;
-    uint64_t n = ps_min_u64((uint64_t)n_threads, ps_div_up_u64(f->n_bytes, SHARE_BYTES));
-    uint64_t share = ps_div_up_u64(f->n_bytes, n * PAGE_BYTES) * PAGE_BYTES;
-    uint64_t from = (uint64_t)i_thread * share, to = ps_min_u64(from + share, f->n_bytes);
+    uint64_t n_bytes = f->read_bytes > 0 ? f->read_bytes : f->n_bytes;
+    uint64_t n = ps_min_u64((uint64_t)n_threads, ps_div_up_u64(n_bytes, SHARE_BYTES));
+    uint64_t share = ps_div_up_u64(n_bytes, n * PAGE_BYTES) * PAGE_BYTES;
+    uint64_t from = (uint64_t)i_thread * share, to = ps_min_u64(from + share, n_bytes);
     if (from >= to || atomic_load(&b->failed)) return;
     ps_err err = {0};
     if (read_share(f, from, to, &err) == PS_OK) return;
@@ -162,22 +191,49 @@ static ps_status bounce_piece(ps_bounce *b, ps_stream *s, ps_dptr dst, fill *f, 
     ps_cost cost = {.bytes = f->n_bytes};
     uint32_t before = k->n_uses++;
     b->next = (b->next + 1) % b->n_slots;
-    f->dst = k->bytes;
+    f->slot = k->bytes;
     PS_TRY(ps_device_flag_wait(d, b->stream, k->free, before, err));
     PS_TRY(ps_device_run(d, b->stream, run_fill, f, sizeof *f, &cost, err));
     PS_TRY(ps_device_flag_set(d, b->stream, k->full, k->n_uses, err));
     PS_TRY(ps_device_flag_wait(d, s, k->full, k->n_uses, err));
-    PS_TRY(ps_device_copy_in(d, s, dst, k->bytes, f->n_bytes, err));
+    PS_TRY(ps_device_copy_in(d, s, dst, k->bytes + f->skew, f->n_bytes, err));
     return ps_device_flag_set(d, s, k->free, k->n_uses, err);
+}
+
+static void choose_span(const ps_bounce *b, const ps_file_run *run, uint64_t done, fill *f)
+{
+    if (!run->plain) return;
+    uint64_t at = run->offset + done, align = ps_gguf_direct_align(b->files, run->i_file);
+    uint64_t end = ps_div_up_u64(at + f->n_bytes, align) * align;
+    end = ps_min_u64(end, ps_gguf_file_bytes(b->weights->model->gguf, run->i_file));
+    f->i_file = run->i_file;
+    f->skew = at % align;
+    f->file_offset = at - f->skew;
+    f->read_bytes = end - f->file_offset;
+}
+
+/* Bytes that are read alike, in pieces that fit a slot. */
+static ps_status bounce_run(
+    ps_bounce *b, ps_stream *s, ps_dptr dst, uint32_t unit, const ps_file_run *run, ps_err *err)
+{
+    for (uint64_t done = 0, n; done < run->n_bytes; done += n) {
+        n = ps_min_u64(b->payload_bytes, run->n_bytes - done);
+        fill f = {.bounce = b, .unit = unit, .from = run->from + done, .n_bytes = n};
+        choose_span(b, run, done, &f);
+        PS_TRY(bounce_piece(b, s, ps_dptr_add(dst, done), &f, err));
+    }
+    return PS_OK;
 }
 
 ps_status ps_bounce_copy(ps_bounce *b, ps_stream *s, ps_dptr dst, uint32_t unit, uint64_t from,
     uint64_t n_bytes, ps_err *err)
 {
-    for (uint64_t done = 0, n; done < n_bytes; done += n) {
-        n = ps_min_u64(b->payload_bytes, n_bytes - done);
-        fill f = {.bounce = b, .unit = unit, .from = from + done, .n_bytes = n};
-        PS_TRY(bounce_piece(b, s, ps_dptr_add(dst, done), &f, err));
+    const ps_host_weights *w = b->weights;
+    ps_file_run run = {.from = from, .n_bytes = n_bytes};
+    if (w->in_memory[unit]) return bounce_run(b, s, dst, unit, &run, err);
+    for (uint64_t at = from, to = from + n_bytes; at < to; at = run.from + run.n_bytes) {
+        run = ps_model_next_run(w->plan->model, unit, at, to);
+        PS_TRY(bounce_run(b, s, ps_dptr_add(dst, run.from - from), unit, &run, err));
     }
     return PS_OK;
 }

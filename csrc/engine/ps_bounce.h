@@ -12,6 +12,10 @@
  * n - 1 and copies when `full` says n: the numbers go on from pass to pass. Such a copy cannot be
  * part of a graph.
  *
+ * What is on disk is read straight into the slots, past the page cache where the file system allows
+ * it (ps_gguf_direct). Bytes that do not lie in the file as they lie in the image, such as columns
+ * of a cut unit, are read through it.
+ *
  * Not here: which copies go this way (ps_bind), how large the ring may be (ps_exec).
  * Threads: the engine's thread; filling happens on the stream's own, helped by a pool.
  */
@@ -27,11 +31,19 @@ enum {
 
 typedef struct ps_bounce ps_bounce;
 
+/* How units on disk are read. */
+typedef enum ps_disk_direct {
+    PS_DISK_UNUSED, /* none is there */
+    PS_DISK_CACHED, /* through the page cache: the file system, or a read, has refused otherwise */
+    PS_DISK_DIRECT,
+} ps_disk_direct;
+
 /* A ring that takes at most so many bytes of locked memory. PS_EDEVICE where they are refused. */
 ps_status ps_bounce_create(const ps_host_weights *weights, ps_device *device, uint64_t room_bytes,
     ps_bounce **out, ps_err *err);
-void ps_bounce_destroy(ps_bounce *b);         /* both streams are idle; NULL allowed */
-uint64_t ps_bounce_bytes(const ps_bounce *b); /* of locked memory; 0 for NULL */
+void ps_bounce_destroy(ps_bounce *b);                     /* both streams are idle; NULL allowed */
+uint64_t ps_bounce_bytes(const ps_bounce *b);             /* of locked memory; 0 for NULL */
+ps_disk_direct ps_bounce_disk_direct(const ps_bounce *b); /* NULL allowed */
 
 /* Enqueues a copy of part of a unit's image, on `s` and on the stream that fills. */
 ps_status ps_bounce_copy(ps_bounce *b, ps_stream *s, ps_dptr dst, uint32_t unit, uint64_t from,

@@ -483,6 +483,7 @@ ps_exec_stats ps_exec_get_stats(const ps_exec *x)
 {
     ps_exec_stats s = x->stats;
     s.locked_bytes += x->weights.locked_bytes;
+    s.disk_direct = ps_bounce_disk_direct(x->bounce);
     /* Locked images and a locked cache are counted once. */
     s.ram_bytes = x->weights.image_bytes + x->plan->space_bytes[PS_SPACE_HOST_CONST] +
                   x->stats.locked_bytes + (x->host_kv_locked ? 0 : x->host_kv_bytes);

@@ -10,6 +10,7 @@
 #ifndef PS_EXEC_H
 #define PS_EXEC_H
 
+#include "engine/ps_bounce.h"
 #include "engine/ps_trace.h"
 
 typedef struct ps_exec ps_exec;
@@ -49,6 +50,7 @@ typedef struct ps_exec_stats {
                               locked besides */
     uint64_t bounce_bytes; /* of h2d_bytes: through the bounce ring */
     uint64_t disk_bytes;   /* read from files, at open and in passes */
+    ps_disk_direct disk_direct;
     uint64_t n_passes, n_graph_launches;
     uint64_t busy_ns; /* device clock, of all passes */
 } ps_exec_stats;

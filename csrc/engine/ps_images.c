@@ -220,6 +220,45 @@ ps_status ps_model_read_part(
     return PS_OK;
 }
 
+/* Bytes [lo, hi) of an image, which lie in one weight. */
+static ps_file_run run_in(const ps_model *model, const ps_weight *w, uint64_t lo, uint64_t hi)
+{
+    const ps_gguf_tensor *t = ps_gguf_tensor_at(model->gguf, w->i_tensor);
+    return (ps_file_run){.from = lo,
+        .n_bytes = hi - lo,
+        .plain = w->fmt == w->file_fmt && w->file_row_bytes == w->row_bytes,
+        .i_file = t->i_file,
+        .offset = t->offset + w->tensor_skip + (lo - w->offset)};
+}
+
+/* Does the second stand to the first in the file as it does in the image? */
+static bool run_goes_on(const ps_file_run *run, const ps_file_run *next)
+{
+    if (run->plain != next->plain) return false;
+    return !run->plain ||
+           (run->i_file == next->i_file && next->offset - run->offset == next->from - run->from);
+}
+
+ps_file_run ps_model_next_run(const ps_model *model, uint32_t unit, uint64_t from, uint64_t to)
+{
+    const ps_unit *u = &model->units[unit];
+    ps_file_run run = {.from = to};
+    for (uint32_t i = 0; i < u->n_weights; i++) {
+        const ps_weight *w = &model->weights[u->first_weight + i];
+        uint64_t lo = ps_max_u64(from, w->offset),
+                 hi = ps_min_u64(to, w->offset + w->n_rows * w->row_bytes);
+        if (lo >= hi) continue;
+        ps_file_run next = run_in(model, w, lo, hi);
+        if (run.n_bytes == 0)
+            run = next;
+        else if (run_goes_on(&run, &next))
+            run.n_bytes = hi - run.from;
+        else
+            break;
+    }
+    return run;
+}
+
 /* ---- filling ---- */
 
 typedef struct fill {

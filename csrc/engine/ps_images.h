@@ -31,6 +31,16 @@ void ps_images_release(ps_images *images, const bool *want); /* no user of these
 /* Drops what nobody uses and `want` does not name. */
 void ps_images_keep(ps_images *images, const ps_model *model, const bool *want);
 
+/* The first stretch of bytes [from, to) of a unit's image, padding before it left out. */
+typedef struct ps_file_run {
+    uint64_t from, n_bytes; /* in the image; no bytes: nothing but padding is left */
+    bool plain;             /* lies in the file just so; else only ps_model_read_part has it */
+    uint32_t i_file;        /* of plain ones, as the next */
+    uint64_t offset;        /* absolute, in that file */
+} ps_file_run;
+
+ps_file_run ps_model_next_run(const ps_model *model, uint32_t unit, uint64_t from, uint64_t to);
+
 /* For a user of the image. NULL where not loaded, or where there are no images at all. */
 const void *ps_images_get(const ps_images *images, uint32_t unit);
 /* A use that ends with ps_images_return; NULL where not loaded, and then there is nothing to

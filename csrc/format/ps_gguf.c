@@ -326,39 +326,39 @@ uint32_t ps_gguf_file_count(const ps_gguf *g)
     return g->n_parts;
 }
 
-static const ps_gguf_part *part_at(const ps_gguf *g, uint32_t i)
+const ps_gguf_part *ps_gguf_part_at(const ps_gguf *g, uint32_t i)
 {
     return i < g->n_parts ? &g->parts[i] : NULL;
 }
 
 const char *ps_gguf_file_path(const ps_gguf *g, uint32_t i_file)
 {
-    const ps_gguf_part *p = part_at(g, i_file);
+    const ps_gguf_part *p = ps_gguf_part_at(g, i_file);
     return p != NULL ? p->path : NULL;
 }
 
 uint64_t ps_gguf_file_bytes(const ps_gguf *g, uint32_t i_file)
 {
-    const ps_gguf_part *p = part_at(g, i_file);
+    const ps_gguf_part *p = ps_gguf_part_at(g, i_file);
     return p != NULL ? p->file_bytes : 0;
 }
 
 uint64_t ps_gguf_meta_bytes(const ps_gguf *g, uint32_t i_file)
 {
-    const ps_gguf_part *p = part_at(g, i_file);
+    const ps_gguf_part *p = ps_gguf_part_at(g, i_file);
     return p != NULL ? p->meta_bytes : 0;
 }
 
 uint64_t ps_gguf_alignment(const ps_gguf *g, uint32_t i_file)
 {
-    const ps_gguf_part *p = part_at(g, i_file);
+    const ps_gguf_part *p = ps_gguf_part_at(g, i_file);
     return p != NULL ? p->alignment : 0;
 }
 
 ps_status ps_gguf_pread(
     const ps_gguf *g, uint32_t i_file, uint64_t offset, void *dst, uint64_t n, ps_err *err)
 {
-    const ps_gguf_part *p = part_at(g, i_file);
+    const ps_gguf_part *p = ps_gguf_part_at(g, i_file);
     uint64_t end = 0;
     if (p == NULL || !ps_add_u64(offset, n, &end) || end > p->file_bytes)
         return ps_fail_field(err, PS_EREQUEST, "offset",

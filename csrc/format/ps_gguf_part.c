@@ -59,7 +59,8 @@ void ps_gguf_field(char out[128], const char *what, uint64_t i, const char *sub,
     snprintf(out + n, 128 - (size_t)n, " (%.*s)", (int)keep, name);
 }
 
-static ps_status fail_file(const ps_gguf_part *p, ps_err *err, int os_errno, const char *sentence)
+ps_status ps_gguf_part_fail_file(
+    const ps_gguf_part *p, ps_err *err, int os_errno, const char *sentence)
 {
     const bool first = err != NULL && err->status == PS_OK;
     char why[128];
@@ -605,11 +606,11 @@ static ps_status open_file(ps_gguf_part *p, ps_err *err)
 {
     /* Non-blocking, so that a FIFO does not hang the caller; regular files take no notice. */
     p->fd = open(p->path, O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK);
-    if (p->fd < 0) return fail_file(p, err, errno, "cannot be opened");
+    if (p->fd < 0) return ps_gguf_part_fail_file(p, err, errno, "cannot be opened");
     struct stat st;
-    if (fstat(p->fd, &st) != 0) return fail_file(p, err, errno, "cannot be examined");
-    if (S_ISDIR(st.st_mode)) return fail_file(p, err, EISDIR, "not a model file");
-    if (!S_ISREG(st.st_mode)) return fail_file(p, err, EINVAL, "not a regular file");
+    if (fstat(p->fd, &st) != 0) return ps_gguf_part_fail_file(p, err, errno, "cannot be examined");
+    if (S_ISDIR(st.st_mode)) return ps_gguf_part_fail_file(p, err, EISDIR, "not a model file");
+    if (!S_ISREG(st.st_mode)) return ps_gguf_part_fail_file(p, err, EINVAL, "not a regular file");
     p->file_bytes = (uint64_t)st.st_size;
     return PS_OK;
 }
@@ -621,7 +622,7 @@ static ps_status map_file(ps_gguf_part *p, ps_err *err)
     if (map == MAP_FAILED) {
         if (errno == ENOMEM)
             return ps_gguf_part_fail(p, err, PS_ENOMEM, NULL, 0, "no address space to map it");
-        return fail_file(p, err, errno, "cannot be mapped");
+        return ps_gguf_part_fail_file(p, err, errno, "cannot be mapped");
     }
     p->map = map;
     return PS_OK;
@@ -682,8 +683,9 @@ ps_status ps_gguf_part_read(
     while (n > 0) {
         const int64_t got = p->io.pread(p->io.ctx, p->fd, to, n, offset);
         if (got == -EINTR) continue;
-        if (got < 0) return fail_file(p, err, (int)-got, "cannot be read");
-        if (got == 0) return fail_file(p, err, EIO, "became shorter while it was read");
+        if (got < 0) return ps_gguf_part_fail_file(p, err, (int)-got, "cannot be read");
+        if (got == 0)
+            return ps_gguf_part_fail_file(p, err, EIO, "became shorter while it was read");
         ps_check_bug((uint64_t)got <= n, err);
         to += got, offset += (uint64_t)got, n -= (uint64_t)got;
     }

@@ -43,6 +43,9 @@ void ps_gguf_part_fini(ps_gguf_part *p); /* a zeroed part is allowed */
 ps_status ps_gguf_part_read(
     const ps_gguf_part *p, uint64_t offset, void *dst, uint64_t n, ps_err *err);
 
+/* One of an opened model's files; NULL past the last. */
+const ps_gguf_part *ps_gguf_part_at(const ps_gguf *g, uint32_t i_file);
+
 const ps_gguf_kv *ps_gguf_part_find(
     const ps_gguf_part *p, const char *key); /* linear: for a few keys at open */
 
@@ -59,6 +62,9 @@ ps_status ps_gguf_part_fail_v(const ps_gguf_part *p, ps_err *err, ps_status stat
 /* PS_EUNSUPPORTED for a tensor's type, with the list of those that we run. */
 ps_status ps_gguf_part_fail_type(
     const ps_gguf_part *p, uint32_t fmt, const char *name, uint64_t offset, ps_err *err);
+/* PS_EFILE for a call that the system has refused with this errno. */
+ps_status ps_gguf_part_fail_file(
+    const ps_gguf_part *p, ps_err *err, int os_errno, const char *sentence);
 /* "tensor[12].offset (blk.0.attn_q.weight)": what = "tensor", name may be NULL; both cut to fit. */
 void ps_gguf_field(char out[128], const char *what, uint64_t i, const char *sub, const char *name);
 

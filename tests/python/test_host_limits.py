@@ -3,10 +3,14 @@ copies and compute at once; and what is refused or cannot be read ends in a type
 
 from __future__ import annotations
 
+import errno
 import gc
 import itertools
+import mmap
+import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -107,6 +111,62 @@ def test_little_host_memory(case: Case, share: float, heap: None) -> None:
         assert 0 < read <= stats["bounce_bytes"]
     with pytest.raises(ps.HostMemoryError):
         case.open(ram_limit=least - 1)
+
+
+def reads_past_the_cache(path: Path) -> bool:
+    """Does this file system?"""
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        assert error.errno == errno.EINVAL
+        return False
+    try:
+        with mmap.mmap(-1, 4096) as page:
+            return os.preadv(file, [page], 0) > 0
+    except OSError as error:
+        assert error.errno == errno.EINVAL
+        return False
+    finally:
+        os.close(file)
+
+
+def cached_bytes(path: Path) -> int:
+    """Of the file, in the page cache."""
+    command = ["fincore", "--bytes", "--noheadings", "--output", "RES", str(path)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def drop_cached(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_stats_say_how_the_disk_is_read(case: Case) -> None:
+    assert case.opened["disk_direct"] is None
+    model = ps.Model(case.path)
+    with case.open(model, ram_limit=smallest(case, "ram_limit")) as engine:
+        assert engine.stats["disk_direct"] is reads_past_the_cache(case.path)
+        case.check(engine)
+        assert engine.stats["disk_direct"] is reads_past_the_cache(case.path)
+        engine.set_budget(1 << 29)  # the same places, another executor
+        assert engine.stats["disk_direct"] is reads_past_the_cache(case.path)
+
+
+@pytest.mark.skipif(shutil.which("fincore") is None, reason="fincore says what is in the cache")
+def test_prompts_leave_nothing_in_the_page_cache(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    shutil.copy(case.path, path)
+    if not reads_past_the_cache(path):
+        pytest.skip("no reads past the page cache here")
+    with case.open(ps.Model(path), ram_limit=smallest(case, "ram_limit")) as engine:
+        drop_cached(path)
+        before = engine.stats["disk_bytes"]
+        if cached_bytes(path) > 0:
+            pytest.skip("the cache keeps what it has")
+        case.check(engine)
+        assert engine.stats["disk_bytes"] > before
+        assert cached_bytes(path) <= mmap.PAGESIZE  # the end of the file
 
 
 def test_both_limits_and_a_slow_device(case: Case) -> None:
