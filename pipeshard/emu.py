@@ -29,6 +29,7 @@ PROFILE_KEYS = (
     "launch_ns",
     "copy_ns",
     "flag_ns",
+    "disk_bytes_per_s",
 )
 
 
@@ -44,7 +45,8 @@ class Fault(NamedTuple):
 class EmuDevice:
     """An emulated GPU.
 
-    profile: rates of the virtual clock by name (`PROFILE_KEYS`; what is not named keeps its default).
+    profile: rates of the virtual clock by name (`PROFILE_KEYS`; what is not named keeps its default). disk_bytes_per_s
+    is of units that `ram_limit` leaves on disk.
     vram_capacity: bytes or a size; None: 64 GiB of address space. delays: random pauses, from the seed.
     faults: `Fault`s or tuples like them, at most eight."""
 
@@ -82,12 +84,11 @@ class EmuDevice:
         profile = None if self.profile is None else dict(self.profile)
         return type(self), (profile, self.vram_capacity, self.seed, self.delays, self.faults)
 
-    def _rates(self) -> tuple[float, float, float, float, float, float, int, int, int]:
+    def _rates(self) -> tuple[float, float, float, float, float, float, int, int, int, float]:
         """For the core."""
         rates = dict(zip(PROFILE_KEYS, _core.emu_profile(), strict=True)) | dict(self.profile or {})
-        a, b, c, d, e, f, *fixed = (rates[key] for key in PROFILE_KEYS)
-        x, y, z = (int(n) for n in fixed)
-        return a, b, c, d, e, f, x, y, z
+        a, b, c, d, e, f, x, y, z, disk = (rates[key] for key in PROFILE_KEYS)
+        return a, b, c, d, e, f, int(x), int(y), int(z), disk
 
 
 def _check_capacity(value: int | str | None) -> int | None:

@@ -70,13 +70,14 @@ static int to_profile(PyObject *tuple, ps_emu_profile *p)
 {
     if (tuple == Py_None) return 0;
     if (!PyTuple_Check(tuple)) {
-        PyErr_SetString(PyExc_TypeError, "profile must be a tuple of nine numbers");
+        PyErr_SetString(PyExc_TypeError, "profile must be a tuple of ten numbers");
         return -1;
     }
     unsigned long long launch_ns = 0, copy_ns = 0, flag_ns = 0;
-    if (!PyArg_ParseTuple(tuple, "ddddddKKK;profile is a tuple of nine numbers",
+    if (!PyArg_ParseTuple(tuple, "ddddddKKKd;profile is a tuple of ten numbers",
             &p->h2d_bytes_per_s, &p->d2h_bytes_per_s, &p->vram_bytes_per_s, &p->gpu_flops,
-            &p->dram_bytes_per_s, &p->cpu_flops, &launch_ns, &copy_ns, &flag_ns))
+            &p->dram_bytes_per_s, &p->cpu_flops, &launch_ns, &copy_ns, &flag_ns,
+            &p->disk_bytes_per_s))
         return -1;
     p->launch_ns = launch_ns;
     p->copy_ns = copy_ns;
@@ -92,8 +93,9 @@ static PyObject *emu_profile(PyObject *module, PyObject *unused)
 {
     const ps_emu_profile *p = &ps_emu_profile_default;
     (void)module, (void)unused;
-    return Py_BuildValue("(ddddddKKK)", p->h2d_bytes_per_s, p->d2h_bytes_per_s, p->vram_bytes_per_s,
-        p->gpu_flops, p->dram_bytes_per_s, p->cpu_flops, p->launch_ns, p->copy_ns, p->flag_ns);
+    return Py_BuildValue("(ddddddKKKd)", p->h2d_bytes_per_s, p->d2h_bytes_per_s,
+        p->vram_bytes_per_s, p->gpu_flops, p->dram_bytes_per_s, p->cpu_flops, p->launch_ns,
+        p->copy_ns, p->flag_ns, p->disk_bytes_per_s);
 }
 
 /* ---- opening ---- */

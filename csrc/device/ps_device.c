@@ -12,7 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* A desktop of 2024: PCIe 4.0 x16, a card of the upper middle class, two channels of DDR5. */
+/* A desktop of 2024: PCIe 4.0 x16, a card of the upper middle class, two channels of DDR5, an NVMe
+ * drive. */
 const ps_emu_profile ps_emu_profile_default = {
     .h2d_bytes_per_s = 25e9,
     .d2h_bytes_per_s = 25e9,
@@ -23,6 +24,7 @@ const ps_emu_profile ps_emu_profile_default = {
     .launch_ns = 3000,
     .copy_ns = 8000,
     .flag_ns = 5000,
+    .disk_bytes_per_s = 3e9,
 };
 
 const char *ps_stream_role_name(ps_stream_role role)
@@ -38,7 +40,7 @@ static ps_status check_profile(ps_emu_profile *p, ps_err *err)
     static const ps_emu_profile zero;
     if (memcmp(p, &zero, sizeof zero) == 0) *p = ps_emu_profile_default;
     const double rates[] = {p->h2d_bytes_per_s, p->d2h_bytes_per_s, p->vram_bytes_per_s,
-        p->gpu_flops, p->dram_bytes_per_s, p->cpu_flops};
+        p->gpu_flops, p->dram_bytes_per_s, p->cpu_flops, p->disk_bytes_per_s};
     for (size_t i = 0; i < sizeof rates / sizeof *rates; i++)
         if (!(rates[i] > 0))
             return ps_fail_field(

@@ -100,8 +100,9 @@ typedef struct ps_cost {
     uint64_t bytes; /* moved through the memory of the side that computes, or over the bus: */
     uint64_t
         bus_bytes; /* those of them that are host memory, which an accelerator reaches by address */
-    uint32_t op;   /* ps_op_kind, opaque here */
-    uint32_t tick; /* index in the tick list */
+    uint64_t disk_bytes; /* read from files meanwhile */
+    uint32_t op;         /* ps_op_kind, opaque here */
+    uint32_t tick;       /* index in the tick list */
 } ps_cost;
 
 /* Rates that `emu` charges. All > 0. */
@@ -111,6 +112,7 @@ typedef struct ps_emu_profile {
         gpu_flops; /* an op takes launch_ns + max(bytes / rate, flops / rate) */
     double dram_bytes_per_s, cpu_flops;   /* the same for the CPU stream */
     uint64_t launch_ns, copy_ns, flag_ns; /* fixed cost of an op, a copy, a hand-off by flag */
+    double disk_bytes_per_s;              /* of the files that weights are read from in a pass */
 } ps_emu_profile;
 extern const ps_emu_profile ps_emu_profile_default;
 

@@ -339,7 +339,9 @@ static void exec_run(ps_lane *lane, const ps_lane_run *run)
     double move_s = (double)(run->cost.bytes - run->cost.bus_bytes) /
                     (on_cpu ? p->dram_bytes_per_s : p->vram_bytes_per_s);
     double bus_s = (double)run->cost.bus_bytes / p->h2d_bytes_per_s;
+    double disk_s = (double)run->cost.disk_bytes / p->disk_bytes_per_s;
     if (bus_s > move_s) move_s = bus_s;
+    if (disk_s > move_s) move_s = disk_s;
     double math_s = (double)run->cost.flops / (on_cpu ? p->cpu_flops : p->gpu_flops);
     charge_ns(lane, (double)p->launch_ns + (move_s > math_s ? move_s : math_s) * 1e9);
 }

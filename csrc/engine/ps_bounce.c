@@ -48,11 +48,13 @@ static uint64_t ring_bytes(uint32_t n_slots, uint64_t payload_bytes)
 }
 
 /* Many small slots keep a pipeline full better than few large ones, but below a megabyte a copy is
- * mostly overhead. */
+ * mostly overhead. Of two slots one stands idle whenever a small piece follows a large one, which
+ * costs more than the overhead of half the size. */
 static void choose_sizes(ps_bounce *b, uint64_t room_bytes)
 {
     for (b->n_slots = MAX_SLOTS; b->n_slots > MIN_SLOTS; b->n_slots /= 2)
-        if (ring_bytes(b->n_slots, 1 << 20) <= room_bytes) break;
+        if (ring_bytes(b->n_slots, b->n_slots == MAX_SLOTS ? 1 << 20 : 64 << 10) <= room_bytes)
+            break;
     b->payload_bytes = MAX_PAYLOAD_BYTES;
     while (b->payload_bytes > PAGE_BYTES && ring_bytes(b->n_slots, b->payload_bytes) > room_bytes)
         b->payload_bytes = b->payload_bytes / 2 / PAGE_BYTES * PAGE_BYTES;
@@ -188,7 +190,8 @@ static ps_status bounce_piece(ps_bounce *b, ps_stream *s, ps_dptr dst, fill *f, 
 {
     ps_device *d = b->device;
     slot *k = &b->slots[b->next];
-    ps_cost cost = {.bytes = f->n_bytes};
+    ps_cost cost = {
+        .bytes = f->n_bytes, .disk_bytes = b->weights->in_memory[f->unit] ? 0 : f->n_bytes};
     uint32_t before = k->n_uses++;
     b->next = (b->next + 1) % b->n_slots;
     f->slot = k->bytes;

@@ -55,8 +55,7 @@ static bool can_read(const file *f, void *page)
     const ps_gguf_io *io = &f->part->io;
     if (f->part->file_bytes < f->align) return true; /* all of it is its end */
     int64_t got;
-    do
-        got = io->pread(io->ctx, f->fd, page, f->align, 0);
+    do got = io->pread(io->ctx, f->fd, page, f->align, 0);
     while (got == -EINTR);
     return got > 0;
 }

@@ -30,6 +30,7 @@ static const ps_emu_profile profile = {
     .launch_ns = 100,
     .copy_ns = 50,
     .flag_ns = 7,
+    .disk_bytes_per_s = 0.1e9,
 };
 
 static bool open_emu(fixture *f, ps_device_options options)
@@ -66,6 +67,8 @@ PS_TEST(clock_charges_by_profile)
         {"CPU nothing", PS_STREAM_CPU, {0}, 100},
         {"CPU flops", PS_STREAM_CPU, {.flops = 1000}, 4100},
         {"CPU bytes", PS_STREAM_CPU, {.bytes = 5000}, 2600},
+        {"CPU bytes from disk", PS_STREAM_CPU, {.bytes = 5000, .disk_bytes = 500}, 5100},
+        {"CPU bytes longer", PS_STREAM_CPU, {.bytes = 50000, .disk_bytes = 500}, 25100},
     };
     fixture fx, *f = &fx;
     PS_REQUIRE(open_emu(f, (ps_device_options){.emu_profile = profile}));
@@ -547,6 +550,9 @@ PS_TEST(silly_options_are_refused)
     PS_CHECK_STATUS(ps_device_open("emu", &o, &d, &err), PS_EREQUEST);
     PS_CHECK_EQ_STR(err.field, "profile");
     o.emu_profile.gpu_flops = NAN;
+    PS_CHECK_STATUS(ps_device_open("emu", &o, &d, NULL), PS_EREQUEST);
+    o.emu_profile = profile;
+    o.emu_profile.disk_bytes_per_s = 0;
     PS_CHECK_STATUS(ps_device_open("emu", &o, &d, NULL), PS_EREQUEST);
     o = (ps_device_options){.emu_vram_bytes = 1ull << 60};
     PS_CHECK_STATUS(ps_device_open("emu", &o, &d, NULL), PS_EREQUEST);

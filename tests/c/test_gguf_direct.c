@@ -45,7 +45,8 @@ static int64_t disk_pread(void *ctx, int fd, void *dst, uint64_t n, uint64_t off
         if (d->most_bytes > 0 && n > d->most_bytes) n = d->most_bytes;
         /* What a program that aligns too little gets on the strictest of disks. */
         if (offset % 512 != 0 || (uintptr_t)dst % PS_DIRECT_PAGE_BYTES % 512 != 0) return -EINVAL;
-        /* A limit may be off the grid, which no disk is; what is read then is right all the same. */
+        /* A limit may be off the grid, which no disk is; what is read then is right all the same.
+         */
         uint8_t *page = NULL;
         uint64_t whole = (n + 4095) / 4096 * 4096;
         if (posix_memalign((void **)&page, 4096, whole) != 0) return -ENOMEM;
@@ -71,8 +72,7 @@ static void open_model(opened *o)
 {
     ps_err err = {0};
     char *path = strdup(write_model("model.gguf"));
-    PS_REQUIRE_OK(
-        ps_gguf_open_io(path, &(ps_gguf_io){disk_pread, &o->disk}, &o->g, &err), &err);
+    PS_REQUIRE_OK(ps_gguf_open_io(path, &(ps_gguf_io){disk_pread, &o->disk}, &o->g, &err), &err);
     free(path);
     PS_REQUIRE_OK(ps_gguf_direct_open(o->g, &o->d, &err), &err);
     PS_REQUIRE(posix_memalign((void **)&o->memory, 4096, file.n + 2 * 4096) == 0);

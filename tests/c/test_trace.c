@@ -15,7 +15,8 @@ static const ps_emu_profile profile = {.h2d_bytes_per_s = 1e9,
     .cpu_flops = 1e11,
     .launch_ns = 300,
     .copy_ns = 700,
-    .flag_ns = 900};
+    .flag_ns = 900,
+    .disk_bytes_per_s = 1e9};
 
 typedef struct setup {
     const char *file, *device; /* NULL: emu */
