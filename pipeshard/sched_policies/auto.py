@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import compress
 from types import MappingProxyType
 
 from ..cost import Shape
@@ -124,7 +125,8 @@ class _Search:
     best: Placement | None = None
     best_score: float = float("inf")
     settings: _Settings = field(default_factory=lambda: _Settings({}))
-    _base: dict[tuple[object, ...], int] = field(default_factory=dict)
+    # By size of ops and KV: bytes beside residents and ring, of the last candidate that was alike in these.
+    _beside: dict[tuple[int, int | None], int] = field(default_factory=dict)
     _tried: dict[tuple[object, ...], float] = field(default_factory=dict)
     _places: dict[tuple[object, ...], tuple[Mapping[str, Place], int, int]] = field(
         default_factory=dict
@@ -233,19 +235,12 @@ class _Search:
                 near += resident
                 if rest:
                     far.append((group, rest, group.far_bytes(n)))
-            places, lump, largest = _shared(far, share, decode, split)
-            places.update(dict.fromkeys(near, "vram"))
-            self._places[key] = MappingProxyType(places), lump, largest
+            names, places, lump, largest = _shared(far, share, decode, split)
+            names += near
+            places += ["vram"] * len(near)
+            made = dict(zip(names, places, strict=True))
+            self._places[key] = MappingProxyType(made), lump, largest
         return self._places[key]
-
-    def base_bytes(self, settings: _Settings) -> int:
-        """What a candidate takes beside residents and ring."""
-        key = (tuple(sorted(settings.share.items())), settings.size, settings.kv_tok)
-        if key not in self._base:
-            empty = self.placement([0] * len(self.groups), settings)
-            # With attention on the GPU in every class of passes its KV is there too, resident or not.
-            self._base[key] = self.ctx.needs(empty) - empty.n_slots * empty.slot_bytes
-        return self._base[key]
 
     def build(self, settings: _Settings) -> Placement | None:
         """The placement with as many residents as fit; None where not even none do."""
@@ -255,7 +250,11 @@ class _Search:
         budget = self.ctx.budget_bytes
         nothing = [0] * len(self.groups)
         empty = self.placement(nothing, settings)
-        other = self.base_bytes(settings) + empty.n_slots * empty.slot_bytes
+        ring = empty.n_slots * empty.slot_bytes
+        key = (settings.size, settings.kv_tok)
+        if key not in self._beside:
+            self._beside[key] = self.ctx.needs(empty) - ring
+        other = self._beside[key] + ring
         best: tuple[Placement | None, list[int]] = (None, nothing)
         most = -1
         # Ring and scratch depend a little on what is resident, so what is beside residents is looked at again.
@@ -271,6 +270,7 @@ class _Search:
                 best, most = (placement, counts), resident
             settled = needed - resident == other
             other = needed - resident
+            self._beside[key] = other - placement.n_slots * placement.slot_bytes
             if settled or (needed <= budget and budget - needed < budget // 64):
                 break
         return best
@@ -284,15 +284,19 @@ class _Search:
         return latency(self.ctx, placement, _UNUSED_SECONDS * unused, self.best_score)
 
     def _near_bytes(self, placement: Placement) -> float:
-        units = self.ctx.units
-        places = [placement.places[self.ctx.tiers[0].name][name] for name in self.ctx.names]
-        if any(isinstance(place, Split) for place in places):
-            return sum(u.n_bytes * vram_share(p) for u, p in zip(units, places, strict=True))
-        return sum(u.n_bytes for u, p in zip(units, places, strict=True) if p == "vram")
+        table = placement.places[self.ctx.tiers[0].name]
+        places = [table[name] for name in self.ctx.names]
+        if set(map(type, places)) == {str}:  # as of thousands of experts
+            return sum(compress(self._sizes, map("vram".__eq__, places)))
+        return sum(n * vram_share(place) for n, place in zip(self._sizes, places, strict=True))
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        return [unit.n_bytes for unit in self.ctx.units]
 
     @cached_property
     def total(self) -> int:
-        return sum(unit.n_bytes for unit in self.ctx.units)
+        return sum(self._sizes)
 
     def offer(self, placement: Placement | None, settings: _Settings | None = None) -> float:
         """Its score; infinite where there is none. The best so far is kept."""
@@ -321,10 +325,9 @@ class _Search:
         for part in (None, *_PARTS, 0.0):
             shares = {t: 1.0 if part is None else part * s for t, s in base.share.items()}
             made = self._in_ring_of(start, counts, replace(base, share=shares))
-            for tier in tiers or self.ctx.tiers:
-                tried = found[tier.name]
-                if min(tried) in tried[-2:]:  # else twice in a row no better
-                    tried.append((self._pass_seconds(made, tier), shares[tier.name]))
+            left = [t for t in tiers or self.ctx.tiers if _gains(found[t.name])]
+            for tier in left:
+                found[tier.name].append((self._pass_seconds(made, tier), shares[tier.name]))
         self.try_settings(
             replace(base, share={name: min(tried)[1] for name, tried in found.items()})
         )
@@ -367,21 +370,24 @@ class _Search:
         has_kv = any(unit.kv_bytes_per_tok for unit in ctx.units)
         wide = has_kv and ctx.n_ctx > 2 * _WINDOW_TOK
         # Shares were chosen for the usual size; what streams once is worth it more.
-        streams = dict(found.share) | {ctx.tiers[-1].name: 1.0}
-        options = [found] if streams == found.share else [found, replace(found, share=streams)]
-        for option in options:
-            for kv_tok in (None, _WINDOW_TOK) if wide else (None,):
-                for size in ctx.sizes[: at + 1]:
-                    self._widen(replace(option, kv_tok=kv_tok, size=size), size < longest)
+        streams = replace(
+            found, share=dict(found.share) | {ctx.tiers[-1].name: 1.0}, ring=_RINGS[1]
+        )
+        if self.try_settings(streams) < self.try_settings(replace(found, ring=_RINGS[1])):
+            found = streams
+        for kv_tok in (None, _WINDOW_TOK) if wide else (None,):
+            for size in ctx.sizes[: at + 1]:
+                self._widen(replace(found, kv_tok=kv_tok, size=size), longest)
         for size in ctx.sizes[at + 1 : at + 2]:
             self.try_settings(replace(self.settings, size=size))
-        if has_kv:
+        if has_kv and (not wide or self.settings.kv_tok is not None or self.best is None):
             self.try_settings(replace(self.settings, kv_tok=0))
 
-    def _widen(self, settings: _Settings, in_chunks: bool) -> None:
-        """Larger rings, until that makes it worse; where chunks want one that holds a layer, that one in any case."""
-        last = math.inf
-        for ring in _RINGS:
+    def _widen(self, settings: _Settings, longest: int) -> None:
+        """Larger rings, until that makes it worse. Where long prompts are several ops, in any case one that holds a
+        layer; where they are one op, no larger one."""
+        in_chunks, last = settings.size < longest, math.inf
+        for ring in _RINGS if in_chunks or longest <= N_PROMPT else _RINGS[:1]:
             score = self.try_settings(replace(settings, ring=ring))
             if score > last and not (in_chunks and ring < 1.0):
                 break
@@ -461,12 +467,14 @@ def _with_size(ctx: PolicyContext, size: int) -> PolicyContext:
 
 def _shared(
     far: list[tuple[_Group, tuple[str, ...], int]], share: float, head_share: float, split: bool
-) -> tuple[dict[str, Place], int, int]:
-    """Places of what is not resident; the bytes of the largest part of a layer that streams, and of its largest unit
-    where that is an expert, which travels whole. Of the head one row is asked for, whatever the pass."""
-    places: dict[str, Place] = {}
+) -> tuple[list[str], list[Place], int, int]:
+    """Names and places of what is not resident; the bytes of the largest part of a layer that streams, and of its
+    largest unit where that is an expert, which travels whole. Of the head one row is asked for, whatever the pass."""
+    all_names: list[str] = []
+    places: list[Place] = []
     owed, lump, largest = 0.0, 0, 0
     for group, names, n_bytes in far:
+        all_names += names
         mine = head_share if group.kind == "head" else share
         n = 0  # of the names that stream
         if group.kind == "embed":  # its rows are looked up where they lie
@@ -478,7 +486,7 @@ def _shared(
             n_bytes = n * group.n_bytes
             largest = max(largest, group.largest if n else 0)
         elif split and group.kind in ("ffn", "head") and 0.0 < mine < 1.0:
-            places.update(dict.fromkeys(names, Split(stream=mine)))
+            places += [Split(stream=mine)] * len(names)
             lump = max(lump, int(mine * n_bytes))
             continue
         elif group.kind == "head":
@@ -487,11 +495,11 @@ def _shared(
             owed += mine
             n = len(names) if owed >= 0.5 else 0
             owed -= 1.0 if n else 0.0
-        places.update(dict.fromkeys(names[:n], "stream"))
-        places.update(dict.fromkeys(names[n:], "cpu"))
+        places += ["stream"] * n
+        places += ["cpu"] * (len(names) - n)
         if n:
             lump = max(lump, n_bytes)
-    return places, lump, largest
+    return all_names, places, lump, largest
 
 
 def _ring(lump: int, expert: int, factor: float) -> tuple[int, int]:
@@ -504,6 +512,11 @@ def _ring(lump: int, expert: int, factor: float) -> tuple[int, int]:
 
 
 # ---- estimates ----
+
+
+def _gains(tried: list[tuple[float, float]]) -> bool:
+    """Whether one of the last two is the best so far."""
+    return min(tried) in tried[-2:]
 
 
 def _aligned(n_bytes: int) -> int:
