@@ -203,7 +203,9 @@ class Simulator:
         beside_copies, beside_cpu = copies.during(reads), cpu.during(reads)
         on_bus = copies.during(cpu).sum() + part @ beside_cpu
         slower: npt.NDArray[np.float64] = seconds.copy()
-        slower[runs & on_cpu] *= 1.0 + cpu.share(on_bus) * self._more("matmul", "cpu", "h2d")
+        computed = runs & on_cpu
+        held_up = self._held_up(ticks["bytes"][computed], seconds[computed])
+        slower[computed] *= 1.0 + cpu.share(on_bus) * held_up
         # Both halves of the bus, where both want it; one that wants less than half is not kept waiting.
         lost = beside_copies @ np.minimum(1.0, part / np.maximum(1.0 - part, 1e-9))
         both = copies.share(cpu.during(copies).sum()) * self._more("copy", "h2d", "cpu")
@@ -214,6 +216,17 @@ class Simulator:
         waits = ticks["kind"] == kinds.index("flag_wait")
         slower[waits] *= 1.0 + used * self._more("flag", "fixed", "h2d")
         return slower if bool((slower != seconds).any()) else None
+
+    def _held_up(
+        self, n_bytes: npt.NDArray[np.uint64], seconds: npt.NDArray[np.float64]
+    ) -> npt.NDArray[np.float64]:
+        """How much longer ops of the CPU take beside a busy bus, as shares of what they take alone. The bus leaves so
+        much of the memory's rate; an op that reads at less than that, because it is small or computes, is not slowed.
+        """
+        work = Shape(None, 1, 2 * _LARGE, _LARGE)
+        left = _LARGE / max(1e-12, self.cost.seconds("matmul", work, "cpu", "h2d"))
+        held_up: npt.NDArray[np.float64] = n_bytes / (left * np.maximum(seconds, 1e-12)) - 1.0
+        return np.maximum(held_up, 0.0)
 
     def _more(self, op: str, place: Where, load: str) -> float:
         """How much longer something takes beside a load, as a share of what it takes alone."""

@@ -30,6 +30,7 @@ Where = Literal["vram", "stream", "cpu", "h2d", "d2h", "fixed"]
 F64 = npt.NDArray[np.float64]
 
 _SIDE = {"vram": "gpu", "stream": "gpu", "cpu": "cpu", "h2d": "h2d", "d2h": "d2h", "fixed": "fixed"}
+_FEW_TOK = 8  # an op of so many tokens reads weights, of many it computes
 _SAME = 1e-6  # squared distance, in powers of e, of work that is the same
 
 
@@ -264,7 +265,7 @@ class Roofline:
     ) -> dict[tuple[str, str, str], float]:
         ratios: dict[tuple[str, str, str], list[float]] = {}
         places: dict[str, Where] = {"gpu": "vram", "cpu": "cpu", "h2d": "h2d", "d2h": "d2h"}
-        for s in samples:
+        for s in _telling(samples, threads):
             if s.load == "idle" or s.side not in places:
                 continue
             idle = self._as_idle(s, samples) or self.seconds(
@@ -278,15 +279,31 @@ class Roofline:
 
     @staticmethod
     def _as_idle(s: Sample, samples: Iterable[Sample]) -> float:
-        """The same thing with nothing beside it, if that was timed: threads and all."""
+        """The same thing with nothing beside it, if that was timed: threads and all. The last time before `s`, for what
+        others do on a machine changes."""
         same = (s.side, s.op, s.fmt, s.n_tok, s.flops, s.bytes, s.threads)
-        times = [
-            o.seconds
-            for o in samples
-            if o.load == "idle"
-            and (o.side, o.op, o.fmt, o.n_tok, o.flops, o.bytes, o.threads) == same
-        ]
-        return min(times, default=0.0)
+        found = 0.0
+        for o in samples:
+            if o is s and found > 0:
+                break
+            if o.load == "idle" and same == (
+                o.side, o.op, o.fmt, o.n_tok, o.flops, o.bytes, o.threads
+            ):  # fmt: skip
+                found = o.seconds
+        return found
+
+
+def _telling(samples: Sequence[Sample], threads: int) -> list[Sample]:
+    """Without those that say little of how CPU and bus slow each other down: where the CPU computed rather than read,
+    or had other threads, if there are better ones."""
+    found = list(samples)
+    counts = {s.threads or math.inf for s in found if s.side == "cpu" and s.load != "idle"}
+    if not counts:
+        return found
+    nearest = min(counts, key=lambda n: abs(math.log(min(n, 1e9) / (threads or 1e9))))
+    mine = [s for s in found if s.side != "cpu" or (s.threads or math.inf) == nearest]
+    reading = [s for s in mine if s.side != "cpu" or s.n_tok <= _FEW_TOK]
+    return reading if any(s.side == "cpu" and s.load != "idle" for s in reading) else mine
 
 
 def _by_threads(samples: Sequence[Sample], threads: int) -> list[tuple[_Side, float]]:

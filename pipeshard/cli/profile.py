@@ -132,8 +132,8 @@ def _op_rows(samples: Sequence[Sample]) -> list[list[str]]:
 
 def _beside_rows(samples: Sequence[Sample]) -> list[list[str]]:
     rows = [["", "op", "while busy", "alone", "beside", "slower"]]
-    for s in samples:
-        alone = [o for o in samples if o.load == "idle" and _same_work(o, s)]
+    for i, s in enumerate(samples):
+        alone = [o for o in samples[:i] if o.load == "idle" and _same_work(o, s)][-1:]
         if s.load == "idle" or not alone or s.seconds == 0 or alone[0].seconds == 0:
             continue
         who = f"CPU x {s.threads}" if s.side == "cpu" else {"gpu": "GPU"}.get(s.side, s.side)

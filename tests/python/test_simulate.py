@@ -279,14 +279,14 @@ def test_a_gather_starts_once(hollow: Any, server: Profile) -> None:
 
 
 def contended(profile: Profile, *rows: tuple[str, str, int, float]) -> list[float]:
-    """Seconds of ticks that all begin at once, each (stream, kind, bytes from host memory, seconds alone)."""
+    """Seconds of ticks that all begin at once, each (stream, kind, bytes of host memory, seconds alone)."""
     simulator = Simulator(profile)
     kinds, streams = _core.Plan.tick_names()[:2]
-    fields = {"kind": "u1", "stream": "u1", "bus_bytes": "u8"}
+    fields = {"kind": "u1", "stream": "u1", "bytes": "u8", "bus_bytes": "u8"}
     ticks = np.zeros(len(rows), list(fields.items()))
     for tick, (stream, kind, n_bytes, _) in zip(ticks, rows, strict=True):
         tick["kind"], tick["stream"] = kinds.index(kind), streams.index(stream)
-        tick["bus_bytes"] = n_bytes
+        tick["bytes" if stream == "cpu" else "bus_bytes"] = n_bytes
     alone = np.array([seconds for *_, seconds in rows])
     span = {"end_ns": (alone * 1e9).astype(np.uint64), "total_ns": int(alone.max() * 1e9)}
     slower = simulator._contended(_Priced(ticks, alone), span)
@@ -319,8 +319,13 @@ def test_gathers_slow_the_cpu_as_copies_do(server: Profile) -> None:
         gather_sample(n_bytes, 0.010),
         gather_sample(n_bytes, 0.013, load="cpu"),
     )
-    cpu = ("cpu", "run", 0, 0.010)
-    assert contended(both, cpu, ("h2d", "copy_in", 0, 0.010))[0] == pytest.approx(0.020, rel=0.01)
+    copy = ("h2d", "copy_in", 0, 0.010)
+    cpu = ("cpu", "run", 11 * 10**8, 0.010)
+    assert contended(both, cpu, copy)[0] == pytest.approx(0.020, rel=0.01)
+    # What reads at less than the rate that is left is not slowed, or only down to it.
+    assert contended(both, ("cpu", "run", 5 * 10**8, 0.010), copy)[0] == 0.010
+    slow = contended(both, ("cpu", "run", 8 * 10**8, 0.010), copy)[0]
+    assert slow == pytest.approx(0.010 * 80 / 55, rel=0.01)
     slower = contended(both, cpu, ("compute", "run", n_bytes, 0.010))
     assert slower == pytest.approx([0.020, 0.013], rel=0.01)
     half = contended(both, cpu, ("compute", "run", n_bytes // 2, 0.005))
