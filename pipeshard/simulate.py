@@ -3,8 +3,8 @@
     for run in ps.simulate("model.gguf", vram=["4GiB", "6GiB"], profile="rtx4060-laptop-datasheet.json"):
         print(run.ttft_s, run.tps, run.source)
 
-Weights are never read and no device is opened, so a file's header is enough. A figure is worth what its profile is:
-`source` says whether that was measured, comes from data sheets, or is nobody's.
+Weights are never read, so a file's header is enough; a device is opened only to measure this machine's GPU, once. A
+figure is worth what its profile is: `source` says whether that was measured, comes from data sheets, or is nobody's.
 
 Not here: durations (_simulator.py), placements (sched_policies). Threads: pure functions.
 """
@@ -55,9 +55,8 @@ def simulate(
     Prediction, or of a list of budgets a list of them.
 
     profile: one, its file, or the name of one that comes with pipeshard; an EmuDevice stands for its clock; None: that
-    of this machine's GPU, measured once, or where there is none of the emulated one; False: without measuring. cost:
-    makes the cost model from the profile's
-    samples and the number of threads."""
+    of this machine's GPU, measured once and kept, or where there is none of the emulated one; False: without measuring.
+    cost: makes the cost model from the profile's samples and the number of threads."""
     budgets = _budgets(vram)
     opened = model if isinstance(model, Model) else Model(model)
     n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
