@@ -53,7 +53,13 @@ class Split:
 
     For units of kind `ffn` (by neuron), `attn` (by group of heads, with their KV) and `head` (by output row). Shares
     are rounded to the nearest multiple of the unit's `row_step`. Each boundary that a tier puts elsewhere than the
-    others cuts the unit once more, into smaller ops. Experts are placed one by one instead."""
+    others cuts the unit once more, into smaller ops.
+
+    An expert is not cut. `Split(stream=s)`, with the same s for all such experts of a layer in a tier, lets bus and CPU
+    divide them as they are wanted: of those that a pass's tokens are routed to, the first `s` (rounded to the nearest
+    number, halves upwards; in the order of tokens and, of a token, of rank) come over the bus and the others are the
+    CPU's. Placed one by one, chance would put more of them on one side, and the layer would wait for it. Passes of so
+    many tokens that streamed experts are copied whole divide them by their number instead."""
 
     vram: float = 0.0
     stream: float = 0.0

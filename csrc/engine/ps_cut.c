@@ -54,8 +54,10 @@ static ps_status check_split(const ps_plan *p, uint32_t tier, uint32_t unit, ps_
     case PS_UNIT_FFN:
     case PS_UNIT_HEAD: break;
     case PS_UNIT_EXPERT:
+        if (place.vram == 0.0f) break;
         return ps_plan_refuse(p, tier, unit, err,
-            "an expert is not split; give each expert of the layer a place of its own");
+            "an expert is not cut: its share of VRAM must be 0; place it in vram, or divide it "
+            "between bus and CPU");
     case PS_UNIT_EMBED:
         return ps_plan_refuse(
             p, tier, unit, err, "tokens are only looked up in it; a token table is not split");
@@ -333,8 +335,62 @@ static ps_status cut_model(ps_plan *p, const bool *cut, uint32_t n_parts, ps_err
     return PS_OK;
 }
 
+/* ---- experts ---- */
+
+/* The share of a layer's split experts in a tier, and how many there are. */
+static ps_status find_share(
+    const ps_plan *p, uint32_t tier, uint32_t first, uint32_t *n, float *share, ps_err *err)
+{
+    *n = 0;
+    for (uint32_t u = first; u < first + p->model->hp.n_expert; u++) {
+        ps_place place = ps_plan_place(p, tier, u);
+        if (place.kind != PS_PLACE_SPLIT) continue;
+        PS_TRY(check_split(p, tier, u, err));
+        if ((*n)++ == 0) *share = fminf(place.stream, 1.0f);
+        if (fminf(place.stream, 1.0f) != *share)
+            return ps_plan_refuse(p, tier, u, err,
+                "bus and CPU divide a layer's experts at one ratio; its split experts must have "
+                "the same share in a tier");
+    }
+    return PS_OK;
+}
+
+/* Of n experts PS_SHARE_OF(n) stream, evenly among the others. If that is none or all of them, so
+ * it is with fewer: then nothing is left to divide when they are routed. */
+static void divide(ps_plan *p, uint32_t tier, uint32_t first, uint32_t n, float share)
+{
+    ps_place *row = p->places + (size_t)tier * p->model->n_units;
+    uint32_t of_one = (uint32_t)((double)share * PS_SHARE_ONE + 0.5);
+    uint64_t done = 0, all = PS_SHARE_OF(n, of_one);
+    for (uint32_t u = first, i = 0; i < n; u++) {
+        if (row[u].kind != PS_PLACE_SPLIT) continue;
+        uint64_t next = PS_SHARE_OF(++i, of_one);
+        row[u] = (ps_place){.kind = next > done ? PS_PLACE_STREAM : PS_PLACE_CPU,
+            .stream = all > 0 && all < n ? share : 0.0f};
+        done = next;
+    }
+}
+
+static ps_status divide_experts(ps_plan *p, ps_err *err)
+{
+    const ps_model *m = p->model;
+    for (uint64_t i = 0; i < (uint64_t)p->spec.n_tiers * m->n_units; i++)
+        if (p->places[i].kind != PS_PLACE_SPLIT)
+            p->places[i] = (ps_place){.kind = p->places[i].kind}; /* shares of no meaning */
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
+        for (uint32_t i = 0; i < m->hp.n_layer; i++) {
+            uint32_t n = 0, first = (uint32_t)m->layers[i].first_expert;
+            float share = 0.0f;
+            if (m->layers[i].router < 0) continue;
+            PS_TRY(find_share(p, t, first, &n, &share, err));
+            divide(p, t, first, n, share);
+        }
+    return PS_OK;
+}
+
 ps_status ps_cut_places(ps_plan *p, ps_err *err)
 {
+    PS_TRY(divide_experts(p, err));
     uint32_t n_units = p->model->n_units, n_parts = 0, cuts[MAX_CUTS];
     bool *cut = ps_alloc(n_units, sizeof *cut);
     if (cut == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to split units");

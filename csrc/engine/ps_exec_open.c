@@ -167,13 +167,15 @@ static ps_status choose_images(ps_exec *x, uint64_t *bounce_bytes, ps_err *err)
     uint64_t ram_room = room_below(ram_limit, fixed), missing = 0;
     uint64_t locked_room =
         room_below(limit_or_none(x->options.locked_limit), fixed_locked_bytes(x));
-    PS_TRY(ps_host_weights_init(w, x->model, x->plan, x->device, ram_room, &missing, err));
+    PS_TRY(ps_host_weights_init(
+        w, x->model, x->plan, x->device, ram_room, locked_room, &missing, err));
     *bounce_bytes = 0;
     if (ps_host_weights_needs_bounce(w, locked_room)) {
         uint64_t extra = bounce_extra(locked_room, ram_room), room = room_below(ram_room, extra);
         if (w->image_bytes > room) { /* a good ring is worth a few more units on disk */
             ps_host_weights_fini(w);
-            PS_TRY(ps_host_weights_init(w, x->model, x->plan, x->device, room, &missing, err));
+            PS_TRY(ps_host_weights_init(
+                w, x->model, x->plan, x->device, room, locked_room, &missing, err));
             if (missing > 0) extra = room_below(ram_room, w->image_bytes);
         }
         *bounce_bytes = PS_BOUNCE_MIN_BYTES + extra;

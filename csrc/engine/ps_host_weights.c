@@ -17,6 +17,14 @@ static bool copied_from_host(const ps_plan *p, uint32_t unit)
     return false;
 }
 
+/* Do passes that gather divide it between the bus, over which the GPU reads it, and the CPU? */
+static bool read_from_host(const ps_plan *p, uint32_t unit)
+{
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
+        if (ps_plan_share(p, t, unit) > 0) return true;
+    return false;
+}
+
 /* Does only the bus look at its image? Of a cut unit's norms, of routers with their experts' biases
  * and of the token table the CPU may read something even where it computes none of the unit. */
 static bool may_stay_on_disk(const ps_plan *p, uint32_t unit)
@@ -43,8 +51,25 @@ static uint32_t coldest(const ps_host_weights *w)
     return found;
 }
 
+/* What all streamed images take of locked memory: a page at either end may be lost. */
+static uint64_t streamed_bytes(const ps_host_weights *w)
+{
+    uint64_t n_bytes = 0;
+    for (uint32_t i = 0; i < w->plan->model->n_units; i++)
+        if (w->streamed[i]) n_bytes += ps_images_padded_bytes(w->plan->model, i) + 2 * PAGE_BYTES;
+    return n_bytes;
+}
+
+/* Experts that are divided but never copied: locked, or left where only the CPU reads them. */
+static void set_divided(ps_host_weights *w, bool locked)
+{
+    for (uint32_t i = 0; i < w->plan->model->n_units; i++)
+        if (read_from_host(w->plan, i) && !copied_from_host(w->plan, i)) w->streamed[i] = locked;
+}
+
 ps_status ps_host_weights_init(ps_host_weights *w, ps_model *model, const ps_plan *plan,
-    ps_device *device, uint64_t room_bytes, uint64_t *missing_bytes, ps_err *err)
+    ps_device *device, uint64_t room_bytes, uint64_t locked_room_bytes, uint64_t *missing_bytes,
+    ps_err *err)
 {
     const ps_model *m = plan->model;
     *w = (ps_host_weights){.model = model, .plan = plan, .device = device};
@@ -62,6 +87,9 @@ ps_status ps_host_weights_init(ps_host_weights *w, ps_model *model, const ps_pla
             w->streamed[m->units[i].of] = true;
         if (w->in_memory[i]) w->image_bytes += ps_images_padded_bytes(m, i);
     }
+    set_divided(w, true);
+    /* Copies must not bounce for them: their layers can do without. */
+    if (streamed_bytes(w) > locked_room_bytes) set_divided(w, false);
     while (w->image_bytes > room_bytes) {
         uint32_t unit = coldest(w);
         if (unit == UINT32_MAX) {
@@ -124,13 +152,9 @@ ps_status ps_host_weights_load(ps_host_weights *w, bool drop, ps_pool *pool,
 
 bool ps_host_weights_needs_bounce(const ps_host_weights *w, uint64_t room_bytes)
 {
-    uint64_t n_bytes = 0;
-    for (uint32_t i = 0; i < w->plan->model->n_units; i++) {
+    for (uint32_t i = 0; i < w->plan->model->n_units; i++)
         if (w->streamed[i] && !w->in_memory[i]) return true;
-        /* A page at either end may be lost. */
-        if (w->streamed[i]) n_bytes += ps_images_padded_bytes(w->plan->model, i) + 2 * PAGE_BYTES;
-    }
-    return n_bytes > room_bytes;
+    return streamed_bytes(w) > room_bytes;
 }
 
 bool ps_host_weights_all_locked(const ps_host_weights *w)

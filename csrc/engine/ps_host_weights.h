@@ -26,11 +26,12 @@ typedef struct ps_host_weights {
     ps_model *model;     /* borrows, as the next two */
     const ps_plan *plan; /* may have parts of the model's units */
     ps_device *device;
-    bool *in_memory;       /* owns; [n_units] units that have an image while we use it */
-    bool *streamed;        /* owns; [n_units] units that are copied from the host in some tier */
-    uint32_t *piece;       /* owns; [n_units] 1 + the piece that an image lies in; 0: in none */
-    ps_images *parts;      /* owns; images of the plan's parts; NULL where it cuts no unit */
-    void **pieces;         /* owns; [n_pieces] what the device has locked */
+    bool *in_memory;  /* owns; [n_units] units that have an image while we use it */
+    bool *streamed;   /* owns; [n_units] units whose images the device copies, or reads, in some
+                         tier */
+    uint32_t *piece;  /* owns; [n_units] 1 + the piece that an image lies in; 0: in none */
+    ps_images *parts; /* owns; images of the plan's parts; NULL where it cuts no unit */
+    void **pieces;    /* owns; [n_pieces] what the device has locked */
     uint64_t *piece_bytes; /* owns; [n_pieces] */
     uint32_t n_pieces, cap_pieces;
     bool uses_images;     /* this executor counts among the users of the model's images */
@@ -40,10 +41,12 @@ typedef struct ps_host_weights {
 } ps_host_weights;
 
 /* Decides which units get an image: all that the plan wants in host memory, or as many as `room`
- * bytes hold. *missing: bytes by which even those that must have one exceed the room. A zeroed
- * object is given; fini also after failure. */
+ * bytes hold. *missing: bytes by which even those that must have one exceed the room. Experts that
+ * bus and CPU divide, and nothing copies, are locked only where `locked_room` holds all that is. A
+ * zeroed object is given; fini also after failure. */
 ps_status ps_host_weights_init(ps_host_weights *w, ps_model *model, const ps_plan *plan,
-    ps_device *device, uint64_t room_bytes, uint64_t *missing_bytes, ps_err *err);
+    ps_device *device, uint64_t room_bytes, uint64_t locked_room_bytes, uint64_t *missing_bytes,
+    ps_err *err);
 void ps_host_weights_fini(ps_host_weights *w);
 
 /* Reads the images; `drop` gives back those that nobody uses. */

@@ -11,15 +11,22 @@
  * router has run. Those passes copy no streamed experts: the tables hold the addresses at which the
  * GPU reaches host memory. An op gathers what was routed into the ring, with few enough reads under
  * way that nothing else has to queue for the bus, and writes the tables that the ops on experts go
- * by. Where the ring is too small for an image an assignment, those read host memory themselves. */
+ * by. Where the ring is too small for an image an assignment, those read host memory themselves.
+ *
+ * Experts that bus and CPU divide (ps_plan_share) are placed one by one for passes that do not
+ * gather. There the layer waits for whichever side got more of what was routed, which is mostly
+ * more than its share. Passes that gather divide what was routed: each side finds from the routing
+ * alone which are its own, and writes its tables by that, the CPU too. */
 
 typedef struct expert_plan {
     expert_group *group; /* lowering->groups */
     uint32_t n_groups;
     uint32_t owned; /* tables of expert addresses that MOE_COMBINE looks at */
-    /* Where experts are gathered: tables of whole images, on the GPU in place of group 0's. */
+    /* Where experts are gathered: tables of whole images, on the GPU in place of group 0's; where
+     * that divides them, on both sides, and `owned` is what the gather leaves. */
     bool gathers;
-    uint32_t mapped, resident;
+    uint32_t mapped, resident, shared;
+    uint32_t share; /* of divided experts, the bus's (ps_plan_share); 0: none are divided */
     bool any[PS_SIDE_COUNT]; /* does any expert of the layer compute there */
 } expert_plan;
 
@@ -90,19 +97,38 @@ static bool gathers(const lowering *l, uint32_t layer)
     return any;
 }
 
-/* An expert of the GPU, in the tables of a layer that gathers. */
+/* The bus's share of a layer's divided experts, if the GPU can read all of them; else 0. */
+static uint32_t share_of(const lowering *l, uint32_t layer)
+{
+    uint32_t first = (uint32_t)l->model->layers[layer].first_expert, found = 0;
+    for (uint32_t i = 0; i < l->hp->n_expert; i++) {
+        uint32_t share = ps_plan_share(l->plan, l->shape.tier, first + i);
+        if (share > 0 && !ps_lower_is_mapped(l, first + i)) return 0;
+        if (share > 0) found = share;
+    }
+    return found;
+}
+
+/* An expert in the tables of a layer that gathers. */
 static void set_image(lowering *l, const expert_plan *p, uint32_t i, uint32_t unit)
 {
-    ps_dptr image = ps_lower_at_weight(l, PS_SIDE_DEV, unit, &(ps_weight){.offset = 0});
-    uint32_t table = ps_lower_is_streamed(l, unit) ? p->mapped : p->resident;
-    ps_emit_table_set(l->e, PS_SIDE_DEV, table + i, image);
-    ps_emit_table_set(l->e, PS_SIDE_DEV, p->owned + i, image);
+    const ps_weight whole = {.offset = 0};
+    ps_side side = ps_plan_side(l->plan, l->shape.tier, unit);
+    bool shared = p->share > 0 && ps_plan_share(l->plan, l->shape.tier, unit) > 0;
+    uint32_t table = shared ? p->shared : ps_lower_is_streamed(l, unit) ? p->mapped : p->resident;
+    for (int s = 0; s < PS_SIDE_COUNT; s++)
+        if (shared || s == (int)side)
+            ps_emit_table_set(
+                l->e, (ps_side)s, table + i, ps_lower_at_weight(l, (ps_side)s, unit, &whole));
+    if (p->share == 0)
+        ps_emit_table_set(l->e, side, p->owned + i, ps_lower_at_weight(l, side, unit, &whole));
 }
 
 static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
 {
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
     *p = (expert_plan){.group = l->groups, .gathers = gathers(l, layer)};
+    p->share = p->gathers ? share_of(l, layer) : 0;
     cut_groups(l, layer, p);
     for (uint32_t g = 0; g < p->n_groups; g++) {
         p->group[g].gate = ps_emit_table(l->e, ne);
@@ -112,11 +138,12 @@ static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
     p->mapped = p->group[0].gate;
     p->resident = p->group[0].up;
     p->owned = p->n_groups == 1 ? p->group[0].down : ps_emit_table(l->e, ne);
+    p->shared = p->group[0].down; /* where these are, nobody asks for `owned` */
     for (uint32_t i = 0; i < ne; i++) {
         ps_side side = ps_plan_side(l->plan, l->shape.tier, first + i);
         p->any[side] = true;
         if (l->measures) continue; /* of thousands of experts the tables are most of the work */
-        if (p->gathers && side == PS_SIDE_DEV)
+        if (p->share > 0 || (p->gathers && side == PS_SIDE_DEV))
             set_image(l, p, i, first + i);
         else if (!rides(l, first + i))
             set_expert(l, side, &p->group[0], i, first + i);
@@ -182,19 +209,29 @@ static expert_tables tables_of(
     return t;
 }
 
-/* Brings the routed experts of a chunk into the ring, and says where they are. */
+/* Where MOE_COMBINE and the ops on experts find them behind a gather. */
+static expert_tables gathered(const lowering *l, ps_side side)
+{
+    uint64_t table = l->hp->n_expert * sizeof(ps_dptr);
+    return (expert_tables){.gate = in_buf(l, side, PS_BUF_PTRS, 0),
+        .up = in_buf(l, side, PS_BUF_PTRS, table),
+        .down = in_buf(l, side, PS_BUF_PTRS, 2 * table)};
+}
+
+/* Brings the routed experts of a chunk into the ring, or finds those that are the CPU's, and says
+ * where they are. */
 static expert_tables gather(lowering *l, uint32_t layer, chunk c, const expert_plan *p)
 {
     uint32_t router = (uint32_t)l->model->layers[layer].router, ne = l->hp->n_expert,
              first = (uint32_t)l->model->layers[layer].first_expert;
-    uint64_t image_bytes = ring_share(l, first), table = ne * sizeof(ps_dptr),
+    uint64_t image_bytes = ring_share(l, first),
              n_bytes = (uint64_t)c.n * l->hp->n_expert_used * image_bytes,
              at = l->plan->tables_offset;
-    expert_tables t = {.gate = in_buf(l, c.side, PS_BUF_PTRS, 0),
-        .up = in_buf(l, c.side, PS_BUF_PTRS, table),
-        .down = in_buf(l, c.side, PS_BUF_PTRS, 2 * table)};
-    t.ring = (ps_range){ps_ref(PS_SPACE_DEV_RING, ps_lower_take_slots(l, PS_RING_NOBODY, n_bytes)),
-        n_bytes, PS_READ};
+    expert_tables t = gathered(l, c.side);
+    if (c.side == PS_SIDE_DEV)
+        t.ring =
+            (ps_range){ps_ref(PS_SPACE_DEV_RING, ps_lower_take_slots(l, PS_RING_NOBODY, n_bytes)),
+                n_bytes, PS_READ};
     ps_gather_experts_args a = {.ids = routes(l, c.side, c.n).ids,
         .mapped = in_const(c.side, at + p->mapped * sizeof(ps_dptr)),
         .resident = in_const(c.side, at + p->resident * sizeof(ps_dptr)),
@@ -208,7 +245,10 @@ static expert_tables gather(lowering *l, uint32_t layer, chunk c, const expert_p
         .down_at = ps_model_find(l->model, first, PS_W_DOWN)->offset,
         .n_tok = c.n,
         .k = l->hp->n_expert_used,
-        .n_expert = ne};
+        .n_expert = ne,
+        .share = p->share,
+        .rest = c.side == PS_SIDE_HOST};
+    if (p->share > 0) a.shared = in_const(c.side, at + p->shared * sizeof(ps_dptr));
     ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_GATHER_EXPERTS, &a, NULL, 0);
     return t;
 }
@@ -264,7 +304,7 @@ static void emit_groups(lowering *l, uint32_t layer, chunk c, expert_plan *p, ps
     uint32_t n = c.side == PS_SIDE_DEV ? p->n_groups : 1;
     for (uint32_t g = 0; g < n; g++) {
         if (c.side == PS_SIDE_DEV) stream_group(l, layer, &p->group[g]);
-        expert_tables t = c.side == PS_SIDE_DEV && p->gathers
+        expert_tables t = p->share > 0 || (c.side == PS_SIDE_DEV && p->gathers)
                               ? gather(l, layer, c, p)
                               : tables_of(l, layer, c.side, &p->group[g]);
         emit_experts(l, layer, c, &t, y);
@@ -311,7 +351,9 @@ static void lower_experts(lowering *l, uint32_t layer, chunk c, expert_plan *p)
         ps_lower_hand_over(l, (int32_t)router, y_other, in_buf(l, far, PS_BUF_Y, 0), n_y);
     ps_moe_combine_args combine = {.y = p->any[c.side] ? y : y_other,
         .y_other = y_other,
-        .down_ptrs = in_const(c.side, l->plan->tables_offset + p->owned * sizeof(ps_dptr)),
+        .down_ptrs = p->share > 0
+                         ? gathered(l, c.side).down
+                         : in_const(c.side, l->plan->tables_offset + p->owned * sizeof(ps_dptr)),
         .ids = r.ids,
         .weights = r.weights,
         .residual = chunk_x(l, c),

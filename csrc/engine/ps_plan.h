@@ -21,7 +21,7 @@ typedef enum ps_place_kind {
 
 typedef struct ps_place {
     ps_place_kind kind;
-    float vram, stream; /* shares, Split only */
+    float vram, stream; /* shares: of a Split; in a plan, see ps_plan_share, of an expert too */
 } ps_place;
 
 enum { PS_MAX_TIERS = 16, PS_KV_PAGE_TOK = 64 };
@@ -205,6 +205,16 @@ uint32_t ps_plan_tier(const ps_plan *plan, uint32_t n_tok); /* the first tier th
 static inline ps_place ps_plan_place(const ps_plan *plan, uint32_t tier, uint32_t unit)
 {
     return plan->places[(size_t)tier * plan->model->n_units + unit];
+}
+/* Of an expert that is divided with others of its layer: the share of those that are routed which
+ * comes over the bus, in PS_SHARE_ONE, wherever a pass gathers experts; in other passes its place
+ * is what it says. 0: the place is all there is to know. */
+static inline uint32_t ps_plan_share(const ps_plan *plan, uint32_t tier, uint32_t unit)
+{
+    ps_place place = ps_plan_place(plan, tier, unit);
+    return place.kind == PS_PLACE_STREAM || place.kind == PS_PLACE_CPU
+               ? (uint32_t)((double)place.stream * PS_SHARE_ONE + 0.5)
+               : 0;
 }
 /* Where a unit computes in a tier; where it is split, where its shares are joined: on the GPU if
  * any of it computes there. */

@@ -63,14 +63,15 @@ bool ps_pass_maps_experts(const ps_plan *plan, const ps_pass_shape *shape)
 }
 
 typedef struct expert_count {
-    uint32_t here, mapped; /* entries of a table that hold an address; that of host memory */
+    double here, mapped; /* entries of a table that hold an address; that of host memory */
 } expert_count;
 
 static expert_count count_in_table(
     const ps_ticks *t, ps_side side, ps_dptr table, uint32_t n_expert)
 {
-    uint64_t first = (ps_ref_offset(table) - t->plan->tables_offset) / sizeof(ps_dptr);
     expert_count n = {0};
+    if (table.a == 0) return n;
+    uint64_t first = (ps_ref_offset(table) - t->plan->tables_offset) / sizeof(ps_dptr);
     for (uint64_t j = first; j < first + n_expert && j < t->n_table; j++) {
         ps_dptr p = t->table[side][j];
         if (p.a != 0) n.here++;
@@ -79,20 +80,38 @@ static expert_count count_in_table(
     return n;
 }
 
+/* What a gather gives its side: of shared experts, as many as that is on average. */
+static expert_count count_gathered(
+    const ps_ticks *t, ps_side side, const ps_gather_experts_args *a, bool with_residents)
+{
+    double share = (double)a->share / PS_SHARE_ONE;
+    expert_count n = count_in_table(t, side, a->mapped, a->n_expert),
+                 shared = count_in_table(t, side, a->shared, a->n_expert);
+    if (a->rest) share = 1.0 - share;
+    n.here += share * shared.here;
+    n.mapped += share * shared.mapped;
+    if (with_residents) n.here += count_in_table(t, side, a->resident, a->n_expert).here;
+    return n;
+}
+
 /* Of the op on experts at tick i. A table that is written during the pass holds those that the
- * gather before the tick leaves there, all of them in VRAM then. */
+ * gather before the tick on its stream leaves there; what the GPU has of them is in VRAM then. */
 static expert_count count_experts(const ps_ticks *t, uint32_t i, ps_dptr table, uint32_t n_expert)
 {
-    bool on_cpu = t->tick[i].stream == PS_STREAM_CPU;
-    if (ps_ref_space(table) != PS_SPACE_DEV_ACT)
-        return count_in_table(t, on_cpu ? PS_SIDE_HOST : PS_SIDE_DEV, table, n_expert);
+    uint8_t stream = t->tick[i].stream;
+    ps_side side = stream == PS_STREAM_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
+    ps_space space = ps_ref_space(table);
+    if (space != PS_SPACE_DEV_ACT && space != PS_SPACE_HOST_ACT)
+        return count_in_table(t, side, table, n_expert);
     expert_count n = {0};
-    while (i > 0 && (t->tick[i].kind != PS_TICK_RUN || t->tick[i].op != PS_OP_GATHER_EXPERTS)) i--;
+    while (i > 0 && (t->tick[i].kind != PS_TICK_RUN || t->tick[i].stream != stream ||
+                        t->tick[i].op != PS_OP_GATHER_EXPERTS))
+        i--;
     if (i > 0) {
         ps_gather_experts_args a;
         memcpy(&a, t->args + t->tick[i].index, sizeof a);
-        n.here = count_in_table(t, PS_SIDE_DEV, a.mapped, n_expert).here +
-                 count_in_table(t, PS_SIDE_DEV, a.resident, n_expert).here;
+        n = count_gathered(t, side, &a, true);
+        n.mapped = 0;
     }
     return n;
 }
@@ -118,8 +137,9 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
     if (k->op == PS_OP_GATHER_EXPERTS) {
         ps_gather_experts_args a;
         memcpy(&a, t->args + k->index, sizeof a);
+        if (a.slots.a == 0) return cost; /* tables only */
         n_expert = a.n_expert;
-        n = count_experts(t, i, a.mapped, n_expert);
+        n = count_gathered(t, PS_SIDE_DEV, &a, false);
     } else if (k->op == PS_OP_MOE_UP) {
         ps_moe_up_args a;
         memcpy(&a, t->args + k->index, sizeof a);
@@ -138,9 +158,10 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
     } else if (k->op == PS_OP_MOE_COMBINE) {
         ps_moe_combine_args a;
         memcpy(&a, t->args + k->index, sizeof a);
-        uint32_t far = a.n_expert - count_experts(t, i, a.down_ptrs, a.n_expert).here;
+        double far = a.n_expert - count_experts(t, i, a.down_ptrs, a.n_expert).here,
+               all = (double)a.n_tok * a.k * a.n * sizeof(float);
         if (ps_ref_space(a.y_other) == PS_SPACE_HOST_ACT_DEV)
-            cost.bus_bytes = (uint64_t)a.n_tok * a.k * a.n * sizeof(float) * far / a.n_expert;
+            cost.bus_bytes = (uint64_t)(all * far / a.n_expert);
     } else if (k->op == PS_OP_MOVE || k->op == PS_OP_ADD) {
         ps_range ranges[PS_MAX_OPERANDS];
         uint32_t n_ranges = ps_tick_ranges(t, i, ranges, PS_MAX_OPERANDS);

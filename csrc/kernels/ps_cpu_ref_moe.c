@@ -98,23 +98,63 @@ typedef struct gather_job {
     const ps_gather_experts_args *a;
 } gather_job;
 
-/* From the last assignment to the first, so that of several of one expert the first has the say. */
+/* Of an assignment; UINT32_MAX where a pass that is given up has left no expert's number. */
+static uint32_t expert_of(const ps_gather_experts_args *a, const int32_t *ids, uint64_t i)
+{
+    return (uint32_t)ids[i] < a->n_expert ? (uint32_t)ids[i] : UINT32_MAX;
+}
+
+/* Where the image of an expert lies that is not resident; null of one that is, or is nowhere. */
+static ps_dptr lies_at(const ps_dptr *mapped, const ps_dptr *shared, uint32_t e)
+{
+    return shared != NULL && !ps_dptr_is_null(shared[e]) ? shared[e] : mapped[e];
+}
+
+/* Whether assignment i is the first of a shared expert. */
+static bool starts_shared(const ps_gather_experts_args *a, const int32_t *ids,
+    const ps_dptr *shared, const ps_dptr *first, uint64_t i)
+{
+    const uint32_t e = expert_of(a, ids, i);
+    return e != UINT32_MAX && first[e].a == i + 1 && !ps_dptr_is_null(shared[e]);
+}
+
+/* first[e]: 1 + the first assignment of expert e, 0 for those without; also for shared ones that
+ * are the other side's. */
+static void find_first(
+    const ps_gather_experts_args *a, const int32_t *ids, const ps_dptr *shared, ps_dptr *first)
+{
+    const uint64_t n_assign = (uint64_t)a->n_tok * a->k;
+    uint64_t n = 0, rank = 0;
+    for (uint32_t e = 0; e < a->n_expert; e++) first[e].a = 0;
+    for (uint64_t i = n_assign; i-- > 0;)
+        if (expert_of(a, ids, i) != UINT32_MAX) first[ids[i]].a = i + 1;
+    if (shared == NULL) return;
+    for (uint64_t i = 0; i < n_assign; i++) n += starts_shared(a, ids, shared, first, i);
+    const uint64_t n_gpu = PS_SHARE_OF(n, a->share);
+    for (uint64_t i = 0; i < n_assign; i++)
+        if (starts_shared(a, ids, shared, first, i) && (rank++ < n_gpu) == (a->rest != 0))
+            first[ids[i]].a = 0;
+}
+
+/* The tables. That of `down` holds first assignments until its turn comes. */
 static void place_images(const ps_launch *launch, const ps_gather_experts_args *a)
 {
-    const int32_t *ids = ps_cpu_ptr(launch, a->ids);
     const ps_dptr *mapped = ps_cpu_ptr(launch, a->mapped),
-                  *resident = ps_cpu_ptr(launch, a->resident);
+                  *resident = ps_cpu_ptr(launch, a->resident),
+                  *shared = ps_cpu_ptr(launch, a->shared), none = {0};
     ps_dptr *gate = ps_cpu_ptr(launch, a->gate_ptrs), *up = ps_cpu_ptr(launch, a->up_ptrs),
             *down = ps_cpu_ptr(launch, a->down_ptrs);
-    for (uint32_t e = 0; e < a->n_expert; e++) { /* addresses of images first */
-        const bool here = ps_dptr_is_null(mapped[e]);
-        gate[e] = here ? resident[e] : (ps_dptr){0};
-    }
-    for (uint64_t i = (uint64_t)a->n_tok * a->k; i-- > 0;)
-        if (!ps_dptr_is_null(mapped[ids[i]]))
-            gate[ids[i]] = ps_dptr_add(a->slots, i * a->image_bytes);
+    const bool stay = ps_dptr_is_null(a->slots);
+    find_first(a, ps_cpu_ptr(launch, a->ids), shared, down);
     for (uint32_t e = 0; e < a->n_expert; e++) {
-        const ps_dptr image = gate[e], none = {0};
+        const uint64_t first = down[e].a;
+        ps_dptr image = lies_at(mapped, shared, e);
+        if (ps_dptr_is_null(image))
+            image = resident[e];
+        else if (first == 0)
+            image = none;
+        else if (!stay)
+            image = ps_dptr_add(a->slots, (first - 1) * a->image_bytes);
         const bool any = !ps_dptr_is_null(image);
         gate[e] = any ? ps_dptr_add(image, a->gate_at) : none;
         up[e] = any ? ps_dptr_add(image, a->up_at) : none;
@@ -122,22 +162,24 @@ static void place_images(const ps_launch *launch, const ps_gather_experts_args *
     }
 }
 
-/* A share of every image whose slot the tables name. */
+/* A thread's part of every image whose slot the tables name. */
 static void gather_part(void *ctx, int i_thread, int n_threads)
 {
     const gather_job *j = ctx;
     const ps_gather_experts_args *a = j->a;
     const int32_t *ids = ps_cpu_ptr(j->launch, a->ids);
     const ps_dptr *mapped = ps_cpu_ptr(j->launch, a->mapped),
+                  *shared = ps_cpu_ptr(j->launch, a->shared),
                   *gate = ps_cpu_ptr(j->launch, a->gate_ptrs);
     char *slots = ps_cpu_ptr(j->launch, a->slots);
     uint64_t at, end;
     ps_cpu_share(a->image_bytes, 16, i_thread, n_threads, &at, &end);
     for (uint64_t i = 0; i < (uint64_t)a->n_tok * a->k && !ps_cpu_aborted(j->launch); i++) {
         const uint64_t slot = i * a->image_bytes;
-        const char *image = ps_cpu_ptr(j->launch, mapped[ids[i]]);
-        if (image != NULL && gate[ids[i]].a == a->slots.a + slot + a->gate_at)
-            memcpy(slots + slot + at, image + at, end - at);
+        const uint32_t e = expert_of(a, ids, i);
+        if (e == UINT32_MAX || gate[e].a != a->slots.a + slot + a->gate_at) continue;
+        const char *image = ps_cpu_ptr(j->launch, lies_at(mapped, shared, e));
+        if (image != NULL) memcpy(slots + slot + at, image + at, end - at);
     }
 }
 
@@ -148,7 +190,7 @@ ps_status ps_cpu_ref_gather_experts(const ps_launch *launch, const void *args)
     if (status != PS_OK) return status;
     gather_job j = {launch, a};
     place_images(launch, a);
-    ps_cpu_run(launch, gather_part, &j);
+    if (!ps_dptr_is_null(a->slots)) ps_cpu_run(launch, gather_part, &j);
     return PS_OK;
 }
 

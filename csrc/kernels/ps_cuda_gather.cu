@@ -1,5 +1,5 @@
 /* ps_cuda_gather - routed experts from host memory into slots, and the tables that say where every
- * expert's matrices then are.
+ * expert's matrices then are. Of experts that bus and CPU divide, the share that is the bus's.
  *
  * Not here: what is done with them (ps_cuda_moe.cu); copies that are known before the pass, which
  * are the copy engines' work.
@@ -31,13 +31,62 @@ typedef struct gather_params {
     const uint32_t *abort_word;
 } gather_params;
 
-/* first[e]: the first assignment of expert e, n_assign for those without. */
+/* Of an assignment; UINT32_MAX where a pass that is given up has left no expert's number. */
+PS_DEVICE uint32_t expert_of(const ps_gather_experts_args &a, uint32_t i)
+{
+    const uint32_t e = ((const uint32_t *)a.ids.a)[i];
+    return e < a.n_expert ? e : UINT32_MAX;
+}
+
+/* Where the image of an expert lies that is not resident; 0 of one that is, or is nowhere. */
+PS_DEVICE uint64_t lies_at(const ps_gather_experts_args &a, uint32_t e)
+{
+    const uint64_t shared = a.shared.a != 0 ? ((const uint64_t *)a.shared.a)[e] : 0;
+    return shared != 0 ? shared : ((const uint64_t *)a.mapped.a)[e];
+}
+
+/* Whether assignment i is the first of a shared expert. */
+PS_DEVICE bool starts_shared(
+    const ps_gather_experts_args &a, uint32_t n_assign, const uint32_t *first, uint32_t i)
+{
+    const uint32_t e = i < n_assign ? expert_of(a, i) : UINT32_MAX;
+    return e != UINT32_MAX && first[e] == i && ((const uint64_t *)a.shared.a)[e] != 0;
+}
+
+/* Takes the first assignments away from shared experts that are the other side's. By one warp, 32
+ * assignments at a time: how many begin a shared expert, and then the rank of each among those.
+ * What one lane writes, another has read before the ballot or reads behind the barrier. */
+PS_DEVICE void divide(const ps_gather_experts_args &a, uint32_t n_assign, uint32_t *first)
+{
+    const uint32_t lane = threadIdx.x;
+    uint32_t n = 0, before = 0;
+    for (uint32_t i0 = 0; i0 < n_assign; i0 += 32)
+        n += (uint32_t)__popc(
+            __ballot_sync(PS_FULL_WARP, starts_shared(a, n_assign, first, i0 + lane)));
+    const uint32_t n_gpu = (uint32_t)PS_SHARE_OF(n, a.share);
+    for (uint32_t i0 = 0; i0 < n_assign; i0 += 32) {
+        const bool starts = starts_shared(a, n_assign, first, i0 + lane);
+        const uint32_t all = __ballot_sync(PS_FULL_WARP, starts);
+        const uint32_t rank = before + (uint32_t)__popc(all & ((1u << lane) - 1));
+        if (starts && (rank < n_gpu) == (a.rest != 0)) first[expert_of(a, i0 + lane)] = n_assign;
+        before += (uint32_t)__popc(all);
+        __syncwarp();
+    }
+}
+
+/* first[e]: the first assignment of expert e, n_assign for those without and for those of the other
+ * side. Every block divides for itself: all come to the same. */
 PS_DEVICE void find_first(const ps_gather_experts_args &a, uint32_t n_assign, uint32_t *first)
 {
-    const int32_t *ids = (const int32_t *)a.ids.a;
     for (uint32_t e = threadIdx.x; e < a.n_expert; e += GATHER_THREADS) first[e] = n_assign;
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < n_assign; i += GATHER_THREADS) atomicMin(&first[ids[i]], i);
+    for (uint32_t i = threadIdx.x; i < n_assign; i += GATHER_THREADS) {
+        const uint32_t e = expert_of(a, i);
+        if (e != UINT32_MAX) atomicMin(&first[e], i);
+    }
+    __syncthreads();
+    if (a.shared.a == 0) return;
+    if (threadIdx.x < 32) divide(a, n_assign, first);
     __syncthreads();
 }
 
@@ -46,13 +95,18 @@ PS_DEVICE void find_first(const ps_gather_experts_args &a, uint32_t n_assign, ui
 PS_DEVICE void write_tables(
     const ps_gather_experts_args &a, uint32_t n_assign, const uint32_t *first)
 {
-    const uint64_t *mapped = (const uint64_t *)a.mapped.a, *resident = (uint64_t *)a.resident.a;
+    const uint64_t *resident = (const uint64_t *)a.resident.a;
     uint64_t *gate = (uint64_t *)a.gate_ptrs.a, *up = (uint64_t *)a.up_ptrs.a,
              *down = (uint64_t *)a.down_ptrs.a;
     for (uint32_t e = blockIdx.x * GATHER_THREADS + threadIdx.x; e < a.n_expert;
          e += gridDim.x * GATHER_THREADS) {
-        uint64_t image = resident[e];
-        if (mapped[e] != 0) image = first[e] < n_assign ? a.slots.a + first[e] * a.image_bytes : 0;
+        uint64_t image = lies_at(a, e);
+        if (image == 0)
+            image = resident[e];
+        else if (first[e] == n_assign)
+            image = 0;
+        else if (a.slots.a != 0)
+            image = a.slots.a + first[e] * a.image_bytes;
         gate[e] = image != 0 ? image + a.gate_at : 0;
         up[e] = image != 0 ? image + a.up_at : 0;
         down[e] = image != 0 ? image + a.down_at : 0;
@@ -86,10 +140,8 @@ PS_DEVICE void copy_images(
     uint32_t n_images = 0;
     for (uint32_t i0 = 0; i0 < n_assign; i0 += 32) {
         uint64_t image = 0; /* of assignment i0 + lane, if it is to be copied */
-        if (i0 + lane < n_assign) {
-            const uint32_t e = (uint32_t)((const int32_t *)a.ids.a)[i0 + lane];
-            if (first[e] == i0 + lane) image = ((const uint64_t *)a.mapped.a)[e];
-        }
+        const uint32_t e = i0 + lane < n_assign ? expert_of(a, i0 + lane) : UINT32_MAX;
+        if (e != UINT32_MAX && first[e] == i0 + lane) image = lies_at(a, e);
         for (uint32_t left = __ballot_sync(PS_FULL_WARP, image != 0); left != 0; left &= left - 1) {
             const uint32_t j = __ffs((int)left) - 1;
             const uint8_t *from = (const uint8_t *)__shfl_sync(PS_FULL_WARP, image, (int)j);
@@ -120,7 +172,7 @@ static __global__ void __launch_bounds__(GATHER_THREADS)
     const uint32_t n_assign = p.a.n_tok * p.a.k;
     find_first(p.a, n_assign, (uint32_t *)smem);
     write_tables(p.a, n_assign, (const uint32_t *)smem);
-    copy_images(p, n_assign, (const uint32_t *)smem, &aborted);
+    if (p.a.slots.a != 0) copy_images(p, n_assign, (const uint32_t *)smem, &aborted);
 }
 
 ps_status ps_cuda_gather_experts(const ps_launch *launch, const void *args)

@@ -181,6 +181,7 @@ static void operands_gather_experts(operand_list *l, const ps_gather_experts_arg
     put(l, &a->ids, PS_READ, n_assign * 4);
     put(l, &a->mapped, PS_READ, table);
     put(l, &a->resident, PS_READ, table);
+    put(l, &a->shared, PS_READ, table);
     put(l, &a->slots, PS_WRITE, n_assign * a->image_bytes);
     put(l, &a->gate_ptrs, PS_WRITE, table);
     put(l, &a->up_ptrs, PS_WRITE, table);
@@ -336,9 +337,10 @@ static ps_cost cost_qkv_prep(const ps_qkv_prep_args *a)
 }
 
 /* As if every expert were mapped: how many are, the tables know. What it writes is not counted:
- * VRAM takes it at many times the rate at which the bus brings it. */
+ * VRAM takes it at many times the rate at which the bus brings it. Without slots, its tables. */
 static ps_cost cost_gather_experts(const ps_gather_experts_args *a)
 {
+    if (ps_dptr_is_null(a->slots)) return (ps_cost){.bytes = 6ull * a->n_expert * sizeof(ps_dptr)};
     const double touched = experts_touched(a->n_expert, a->k, a->n_tok);
     const uint64_t n_bytes = (uint64_t)(touched * (double)a->image_bytes);
     return (ps_cost){.bytes = n_bytes, .bus_bytes = n_bytes};
@@ -478,8 +480,9 @@ static const char *bad_gather_experts(const ps_gather_experts_args *a)
         return "image_bytes";
     if (a->gate_at >= a->image_bytes || a->up_at >= a->image_bytes || a->down_at >= a->image_bytes)
         return "a matrix";
-    if (!given(a->ids) || !given(a->mapped) || !given(a->resident) || !given(a->slots) ||
-        !given(a->gate_ptrs) || !given(a->up_ptrs) || !given(a->down_ptrs))
+    if (a->share > PS_SHARE_ONE || a->rest > 1) return "share or rest";
+    if (!given(a->ids) || !given(a->mapped) || !given(a->resident) || !given(a->gate_ptrs) ||
+        !given(a->up_ptrs) || !given(a->down_ptrs))
         return "a missing operand";
     return NULL;
 }

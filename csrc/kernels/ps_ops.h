@@ -41,7 +41,8 @@ typedef enum ps_op_kind {
     PS_OP_ATTN_MERGE,     /* join two partial attentions */
     PS_OP_ACT,            /* activation, gated or not */
     PS_OP_ROUTE,          /* top-k experts of each token, and the lists by expert */
-    PS_OP_GATHER_EXPERTS, /* images of the routed experts that lie in host memory, into slots */
+    PS_OP_GATHER_EXPERTS, /* which routed experts are this side's; on the GPU, their images into
+                             slots */
     PS_OP_MOE_UP,         /* gate and up of the routed experts, with the activation */
     PS_OP_MOE_DOWN,       /* down of the routed experts, one row an assignment */
     PS_OP_MOE_COMBINE,    /* weighted sum of a token's assignments in rank order */
@@ -189,20 +190,30 @@ typedef struct ps_route_args {
     uint32_t n_tok, n_expert, k, renorm;
 } ps_route_args;
 
-/* ---- GATHER_EXPERTS: the image of each routed expert e with mapped[e] given is copied to slot i,
- * i being the first assignment with ids[i] == e; other slots are left untouched. Then gate[e] =
- * image of e + gate_at, and up and down likewise, for the ops that follow: its image is its slot,
- * or for an expert that is not mapped, resident[e]. Null where there is none, and for mapped
- * experts that nobody is routed to. All images of a call have the same size and layout. ---- */
+/* ---- GATHER_EXPERTS: where this side finds the image of each expert e. That of one with
+ * resident[e] given is there. The others have one only if somebody is routed to them: those with
+ * mapped[e] given, and a share of those with shared[e] given. These are taken in the order of their
+ * first assignments: of n routed ones the first PS_SHARE_OF(n, share) are the GPU's, or, with
+ * `rest`, all others are the CPU's. So both sides come to the same division without a word between
+ * them. With `slots`, a mapped or shared image is copied to slot i, i being the first assignment
+ * with ids[i] == e; other slots are left untouched. Without, it stays where it lies. Then gate[e] =
+ * image of e + gate_at, and up and down likewise, for the ops that follow; null where there is
+ * none. All images of a call have the same size and layout. ---- */
+enum { PS_SHARE_ONE = 1 << 16 }; /* shares are numbers of 65536ths, so that all devices agree */
+/* Of n: to the nearest, halves upwards. */
+#define PS_SHARE_OF(n, share) (((uint64_t)(n) * (share) + PS_SHARE_ONE / 2) / PS_SHARE_ONE)
 typedef struct ps_gather_experts_args {
     ps_dptr ids;              /* int32 [n_tok * k], from ROUTE */
     ps_dptr mapped, resident; /* ps_dptr [n_expert], of images: in host memory, under the address by
-                                 which the GPU reaches it, and in the memory beside; or null */
-    ps_dptr slots;            /* [n_tok * k][image_bytes] */
+                                 which this side reaches it, and in the memory beside; or null */
+    ps_dptr shared;           /* the same of host memory; or no table: nothing is shared */
+    ps_dptr slots;            /* [n_tok * k][image_bytes] or null */
     ps_dptr gate_ptrs, up_ptrs, down_ptrs; /* ps_dptr [n_expert] each */
     uint64_t image_bytes;                  /* a multiple of 16 */
     uint64_t gate_at, up_at, down_at;      /* of the matrices in an image */
     uint32_t n_tok, k, n_expert;
+    uint32_t share; /* the GPU's of the shared ones, at most PS_SHARE_ONE */
+    uint32_t rest;  /* 0 or 1 */
 } ps_gather_experts_args;
 
 /* ---- MOE_UP: for each assignment a = (t, rank) whose expert e has addresses on this side:

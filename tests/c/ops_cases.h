@@ -529,6 +529,9 @@ static inline void ops_add_images(ops_call *c, size_t field, uint32_t n_expert,
 typedef struct ops_gather_case {
     uint32_t n_tok, k, n_expert;
     uint64_t image_bytes, mapped, resident; /* bit e % 64 */
+    uint64_t shared;                        /* likewise, none of which is mapped or resident */
+    uint32_t share;
+    bool rest, stay; /* the others of the shared ones; without slots */
 } ops_gather_case;
 
 static inline bool ops_gather_experts_at(uint32_t i, ops_call *c)
@@ -542,13 +545,29 @@ static inline bool ops_gather_experts_at(uint32_t i, ops_call *c)
         {1, 8, 64, 8192, 0xFFFF, 0xFFFFFFFFFFFF0000},       /* a few of many */
         {3, 2, 4, 1000016, 0xD, 0x2},                       /* more than the GPU has under way */
         {40, 8, 128, 1040, 0xF0F0F0F0FF, ~0xF0F0F0F0FFull}, /* more assignments than lanes */
+        /* a token's share, all of them or none, and what is left of it */
+        {1, 8, 64, 1040, 0, 0, ~0ull, 26214},
+        {1, 8, 64, 1040, 0, 0, ~0ull, 26214, .rest = true, .stay = true},
+        {1, 8, 64, 1040, 0, 0, ~0ull, PS_SHARE_ONE}, {1, 8, 64, 1040, 0, 0, ~0ull, 0},
+        {1, 8, 64, 1040, 0, 0, ~0ull, 0, .rest = true, .stay = true},
+        {1, 2, 8, 16, 0, 0, 0xFF, PS_SHARE_ONE / 4}, /* half an image: it is the GPU's */
+        /* tokens that want the same ones, beside resident and mapped ones; ragged rounds of lanes
+         */
+        {8, 4, 16, 6416, 0xF, 0x3F0, 0xFC00, 40000},
+        {8, 4, 16, 6416, 0, 0xF, 0xFFF0, 40000, .rest = true, .stay = true},
+        {5, 8, 24, 2064, 0, 0xF, 0xFFFFF0, PS_SHARE_ONE / 2},
+        {7, 5, 32, 1040, 0x7, 0x700, 0xFFFFF000, 20000},
+        {33, 3, 128, 1040, 0xF0F0F0F0FF, 0, ~0xF0F0F0F0FFull, 45678},
+        {33, 3, 128, 1040, 0, 0xF0F0F0F0FF, ~0xF0F0F0F0FFull, 45678, .rest = true},
+        {6, 4, 16, 1040, 0xFF, 0xFF00, 0, 30000, .stay = true}, /* nothing is shared */
     };
     if (i >= sizeof cases / sizeof *cases) return false;
     const ops_gather_case *k = &cases[i];
     const uint64_t n_assign = (uint64_t)k->n_tok * k->k;
     char name[64];
-    snprintf(name, sizeof name, "tok %u experts %u/%u image %" PRIu64, k->n_tok, k->k, k->n_expert,
-        k->image_bytes);
+    snprintf(name, sizeof name, "tok %u experts %u/%u image %" PRIu64 " share %u%s%s", k->n_tok,
+        k->k, k->n_expert, k->image_bytes, k->share, k->rest ? " rest" : "",
+        k->stay ? " stay" : "");
     ops_begin(c, PS_OP_GATHER_EXPERTS, name);
     uint64_t rng = ops_seed(c->name);
     c->args.gather_experts = (ps_gather_experts_args){.n_tok = k->n_tok,
@@ -556,16 +575,23 @@ static inline bool ops_gather_experts_at(uint32_t i, ops_call *c)
         .n_expert = k->n_expert,
         .image_bytes = k->image_bytes,
         .gate_at = k->image_bytes / 2,
-        .down_at = k->image_bytes - 16};
+        .down_at = k->image_bytes - 16,
+        .share = k->share,
+        .rest = k->rest};
     ops_add_routing(c, offsetof(ps_gather_experts_args, ids), OPS_NO_FIELD, 0, k->n_tok, k->k,
         k->n_expert, &rng);
     ops_add_images(
         c, offsetof(ps_gather_experts_args, mapped), k->n_expert, k->image_bytes, k->mapped, &rng);
     ops_add_images(c, offsetof(ps_gather_experts_args, resident), k->n_expert, k->image_bytes,
         k->resident, &rng);
-    const uint32_t slots = ops_add_buf(
-        c, offsetof(ps_gather_experts_args, slots), OPS_OPAQUE, n_assign * k->image_bytes, true);
-    memset(c->buf[slots].host, 0x5C, c->buf[slots].n_bytes);
+    if (k->shared != 0)
+        ops_add_images(c, offsetof(ps_gather_experts_args, shared), k->n_expert, k->image_bytes,
+            k->shared, &rng);
+    if (!k->stay) {
+        const uint32_t slots = ops_add_buf(c, offsetof(ps_gather_experts_args, slots), OPS_OPAQUE,
+            n_assign * k->image_bytes, true);
+        memset(c->buf[slots].host, 0x5C, c->buf[slots].n_bytes);
+    }
     ops_add_buf(c, offsetof(ps_gather_experts_args, gate_ptrs), OPS_PTRS, k->n_expert * 8ull, true);
     ops_add_buf(c, offsetof(ps_gather_experts_args, up_ptrs), OPS_PTRS, k->n_expert * 8ull, true);
     ops_add_buf(c, offsetof(ps_gather_experts_args, down_ptrs), OPS_PTRS, k->n_expert * 8ull, true);

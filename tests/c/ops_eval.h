@@ -246,17 +246,50 @@ static inline void ops_eval_route(ps_route_args *a)
     starts[a->n_expert] = at;
 }
 
-static inline void ops_eval_gather(ps_gather_experts_args *a)
+/* The first assignment of expert e; n: none. */
+static inline uint64_t ops_first_of(const ps_gather_experts_args *a, uint32_t e)
 {
     const int32_t *ids = ops_ptr(a->ids);
+    uint64_t i = 0, n = (uint64_t)a->n_tok * a->k;
+    while (i < n && ids[i] != (int32_t)e) i++;
+    return i;
+}
+
+/* Of the shared experts that are routed, how many begin before expert e, and whether that makes it
+ * one of this call's. */
+static inline bool ops_shared_here(
+    const ps_gather_experts_args *a, const ps_dptr *shared, uint32_t e)
+{
+    const uint64_t none = (uint64_t)a->n_tok * a->k;
+    uint32_t n = 0, rank = 0;
+    for (uint32_t f = 0; f < a->n_expert; f++) {
+        if (ops_ptr(shared[f]) == NULL || ops_first_of(a, f) == none) continue;
+        n++;
+        rank += ops_first_of(a, f) < ops_first_of(a, e);
+    }
+    const bool gpu = (double)rank < floor((double)n * a->share / 65536.0 + 0.5);
+    return a->rest ? !gpu : gpu;
+}
+
+static inline void ops_eval_gather(ps_gather_experts_args *a)
+{
+    const ps_dptr *mapped = ops_ptr(a->mapped), *shared = ops_ptr(a->shared);
     for (uint32_t e = 0; e < a->n_expert; e++) {
-        const ps_dptr from = ((ps_dptr *)ops_ptr(a->mapped))[e];
-        ps_dptr image = ((ps_dptr *)ops_ptr(a->resident))[e];
+        const uint64_t i = ops_first_of(a, e);
+        ps_dptr image = ((ps_dptr *)ops_ptr(a->resident))[e], from = mapped[e];
+        bool here = true;
+        if (shared != NULL && ops_ptr(shared[e]) != NULL) {
+            from = shared[e];
+            here = ops_shared_here(a, shared, e);
+        }
         if (ops_ptr(from) != NULL) {
-            uint64_t i = 0, n = (uint64_t)a->n_tok * a->k;
-            while (i < n && ids[i] != (int32_t)e) i++;
-            image = i < n ? ps_dptr_add(a->slots, i * a->image_bytes) : (ps_dptr){0};
-            if (i < n) memcpy(ops_ptr(image), ops_ptr(from), a->image_bytes);
+            here = here && i < (uint64_t)a->n_tok * a->k;
+            image = (ps_dptr){0};
+            if (here) image = from;
+            if (here && ops_ptr(a->slots) != NULL) {
+                image = ps_dptr_add(a->slots, i * a->image_bytes);
+                memcpy(ops_ptr(image), ops_ptr(from), a->image_bytes);
+            }
         }
         const bool any = ops_ptr(image) != NULL;
         ((ps_dptr *)ops_ptr(a->gate_ptrs))[e].a = any ? image.a + a->gate_at : 0;

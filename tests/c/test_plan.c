@@ -1,6 +1,8 @@
 /* Plans, lowering and the checker, on the golden models: no device, no weights read. */
 #include "ps_test.h"
 
+#include <math.h>
+
 #include "engine/ps_ticks.h"
 
 typedef struct fixture {
@@ -68,6 +70,22 @@ static void split(fixture *f, uint32_t unit, uint64_t *seed)
     }
 }
 
+/* Some of a layer's experts shared by bus and CPU, at one ratio in a tier; none of them in VRAM. */
+static void divide(fixture *f, uint32_t layer, uint64_t *seed)
+{
+    static const float shares[] = {0.0f, 0.3f, 0.5f, 0.75f, 1.0f, 0.01f};
+    uint32_t first = (uint32_t)f->model->layers[layer].first_expert, n_units = f->model->n_units;
+    uint64_t which = ps_rng_next(seed) % 4 == 0 ? UINT64_MAX : ps_rng_next(seed);
+    for (uint32_t t = 0; t < 3; t++) {
+        float share = shares[ps_rng_next(seed) % 6];
+        for (uint32_t e = 0; e < f->model->hp.n_expert; e++)
+            if (which >> (e % 64) & 1 && (t != 2 || e % 3 != 0))
+                f->places[t * n_units + first + e] = (ps_place){PS_PLACE_SPLIT, 0, share};
+            else if (which >> (e % 64) & 1)
+                f->places[t * n_units + first + e] = (ps_place){PS_PLACE_STREAM, 0, 0};
+    }
+}
+
 /* Which units go where: none or all in VRAM, patterns that put neighbours on different sides; from
  * FIRST_STREAMED on patterns with streamed units, through rings from roomy to tight; and from
  * FIRST_SPLIT on with split ones too. */
@@ -86,6 +104,8 @@ static void apply_pattern(fixture *f, int pattern)
         bool can = kind == PS_UNIT_ATTN || kind == PS_UNIT_FFN || kind == PS_UNIT_HEAD;
         if (pattern >= FIRST_SPLIT && can && draw != 0) split(f, u, &seed);
     }
+    for (uint32_t i = 0; i < f->model->hp.n_layer && pattern >= FIRST_SPLIT; i++)
+        if (f->model->layers[i].router >= 0) divide(f, i, &seed);
     static const uint32_t none_in_vram[64] = {0},
                           windows[64] = {64, 1, 128, 0, 64, 100, 65, 1 << 30};
     f->spec.kv_vram_tok = pattern % 6 == 5 ? windows : pattern % 3 == 2 ? none_in_vram : NULL;
@@ -164,7 +184,7 @@ static uint32_t count_ops(const ps_ticks *t, ps_op_kind op)
  * each one missing. */
 PS_TEST(checker_rejects_every_dropped_sync)
 {
-    uint32_t n_mutants = 0, n_gathers = 0, n_by_kind[PS_TICK_FLAG_WAIT + 1] = {0};
+    uint32_t n_mutants = 0, n_gathers = 0, n_divided = 0, n_by_kind[PS_TICK_FLAG_WAIT + 1] = {0};
     for (int i = 0; i < N_MODELS; i++)
         for (int pattern = 2; pattern < N_PATTERNS; pattern += 3) {
             fixture f;
@@ -187,6 +207,10 @@ PS_TEST(checker_rejects_every_dropped_sync)
                 if (t == NULL) continue;
                 check_mutants(t, n_by_kind);
                 n_gathers += count_ops(t, PS_OP_GATHER_EXPERTS);
+                for (uint32_t k = 0; k < t->n_ticks; k++)
+                    n_divided += t->tick[k].kind == PS_TICK_RUN &&
+                                 t->tick[k].op == PS_OP_GATHER_EXPERTS &&
+                                 t->tick[k].stream == PS_STREAM_CPU;
                 ps_ticks_destroy(t);
             }
             ps_plan_destroy(plan);
@@ -194,7 +218,7 @@ PS_TEST(checker_rejects_every_dropped_sync)
         }
     ps_test_case("%s", "");
     for (int k = PS_TICK_RECORD; k <= PS_TICK_FLAG_WAIT; k++) n_mutants += n_by_kind[k];
-    PS_CHECK(n_mutants > 500 && n_gathers > 20);
+    PS_CHECK(n_mutants > 500 && n_gathers > 20 && n_divided > 6);
     for (int k = PS_TICK_RECORD; k <= PS_TICK_FLAG_WAIT; k++) PS_CHECK(n_by_kind[k] > 20);
 }
 
@@ -298,7 +322,8 @@ PS_TEST(bad_splits_are_plan_errors)
         float vram, stream, vram_else;
         bool ring;
         const char *why;
-    } rows[] = {{EXPERT, 0.5f, 0, 0.5f, true, "an expert is not split"},
+    } rows[] = {{EXPERT, 0.5f, 0, 0.5f, true, "an expert is not cut"},
+        {EXPERT, 0, 1.5f, 0, true, "shares"}, {EXPERT, 0, 0.5f, 0, false, "needs a ring"},
         {EMBED, 0.5f, 0, 0.5f, true, "not split"}, {ROUTER, 0.5f, 0, 0.5f, true, "too small"},
         {HEAD, -0.1f, 0, -0.1f, true, "shares"}, {HEAD, 0.7f, 0.4f, 0.7f, true, "shares"},
         {HEAD, 0.0f / 0.0f, 0, 0, true, "shares"}, {HEAD, 0.5f, 0, 0.9f, true, "same in all tiers"},
@@ -621,6 +646,97 @@ PS_TEST(gathers_leave_out_what_is_elsewhere)
         PS_CHECK(x.n_gathers == hp->n_layer - 1 && x.copied == 0 && x.read == 0 && x.cpu_first);
         PS_CHECK(x.gathered == n_bytes * hp->n_expert_used / hp->n_expert); /* on average */
     }
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
+/* Gathers of a pass of one token, by side, and bytes of MOE_UP there. */
+typedef struct division {
+    uint32_t n_gathers[PS_SIDE_COUNT];
+    uint64_t up_bytes[PS_SIDE_COUNT], bus_bytes;
+    bool tables_agree; /* what MOE_COMBINE goes by is what the router's side gathered */
+} division;
+
+static division division_of(const ps_plan *plan, uint32_t tier, const bool *mapped)
+{
+    ps_ticks *t = NULL;
+    ps_err err = {0};
+    division d = {.tables_agree = true};
+    ps_pass_shape shape = {.tier = tier, .n_tok = 1, .n_out = 1, .max_kv = 64, .mapped = mapped};
+    ps_dptr down[PS_SIDE_COUNT] = {{0}};
+    PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+    if (t != NULL) PS_CHECK_STATUS(ps_ticks_check(t, &err), PS_OK);
+    for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
+        const ps_tick *k = &t->tick[i];
+        if (k->kind != PS_TICK_RUN) continue;
+        ps_side side = k->stream == PS_STREAM_CPU ? PS_SIDE_HOST : PS_SIDE_DEV;
+        ps_op_args a;
+        memcpy(&a, t->args + k->index, ps_op_args_bytes((ps_op_kind)k->op));
+        if (k->op == PS_OP_GATHER_EXPERTS) {
+            d.n_gathers[side]++;
+            down[side] = a.gather_experts.down_ptrs;
+            d.bus_bytes += ps_tick_cost(t, i).bus_bytes;
+        } else if (k->op == PS_OP_MOE_UP) {
+            d.up_bytes[side] += ps_tick_cost(t, i).bytes;
+        } else if (k->op == PS_OP_MOE_COMBINE) {
+            d.tables_agree = d.tables_agree && a.moe_combine.down_ptrs.a == down[side].a;
+        }
+    }
+    ps_ticks_destroy(t);
+    return d;
+}
+
+/* Placed one by one, evenly; but where a pass gathers, both sides take their share of what is
+ * routed, if the GPU can read all of it. */
+PS_TEST(bus_and_cpu_divide_what_is_routed)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
+    apply_pattern(&f, FIRST_STREAMED);
+    f.spec.kv_vram_tok = NULL;
+    const ps_hparams *hp = &f.model->hp;
+    uint32_t n_units = f.model->n_units, n_near = hp->n_expert / 4;
+    uint64_t image = 0;
+    for (uint32_t u = 0; u < n_units; u++) {
+        const ps_unit *x = &f.model->units[u];
+        place(&f, u, PS_PLACE_VRAM);
+        if (x->kind != PS_UNIT_EXPERT || x->expert < (int32_t)n_near) continue;
+        split_at(&f, u, 0, 0, 0.4f);
+        split_at(&f, u, 1, 0, 0.01f); /* of six, none */
+        split_at(&f, u, 2, 0, 1.0f);
+        image += x->n_bytes;
+    }
+    image = image / hp->n_layer / (hp->n_expert - n_near);
+    ps_plan *plan = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    if (plan == NULL) return;
+    PS_CHECK(plan->cut == NULL && hp->n_expert == 8);
+    for (uint32_t i = 0; i < hp->n_layer; i++)
+        for (uint32_t e = n_near; e < hp->n_expert; e++) {
+            uint32_t u = (uint32_t)f.model->layers[i].first_expert + e;
+            PS_CHECK("cvs"[ps_plan_place(plan, 0, u).kind] == "vvcscscc"[e]);
+            PS_CHECK(ps_plan_share(plan, 0, u) == 26214);
+            PS_CHECK(ps_plan_place(plan, 1, u).kind == PS_PLACE_CPU);
+            PS_CHECK(ps_plan_place(plan, 2, u).kind == PS_PLACE_STREAM);
+            PS_CHECK(ps_plan_share(plan, 1, u) == 0 && ps_plan_share(plan, 2, u) == 0);
+        }
+    division d = division_of(plan, 0, NULL);
+    PS_CHECK(d.n_gathers[PS_SIDE_DEV] == hp->n_layer && d.n_gathers[PS_SIDE_HOST] == hp->n_layer);
+    PS_CHECK(d.tables_agree);
+    double far = hp->n_expert_used * 0.75 * hp->n_layer, want = far * 0.4 * (double)image;
+    PS_CHECK(fabs((double)d.bus_bytes - want) < 1e-3 * want);
+    /* What the CPU has of all routed ones: six of eight, but for the share. */
+    double up = (double)(d.up_bytes[0] + d.up_bytes[1]);
+    PS_CHECK(fabs((double)d.up_bytes[PS_SIDE_HOST] / up - 0.75 * 0.6) < 1e-3);
+    bool *mapped = ps_alloc(n_units, sizeof *mapped);
+    for (uint32_t u = 0; mapped != NULL && u < n_units; u++)
+        mapped[u] = u != (uint32_t)f.model->layers[0].first_expert + 2; /* one of the CPU's */
+    division other = division_of(plan, 0, mapped);
+    PS_CHECK(other.n_gathers[PS_SIDE_HOST] == hp->n_layer - 1);
+    PS_CHECK(other.n_gathers[PS_SIDE_DEV] == hp->n_layer);
+    PS_CHECK(division_of(plan, 2, NULL).n_gathers[PS_SIDE_HOST] == 0);
+    ps_free(mapped);
     ps_plan_destroy(plan);
     close_fixture(&f);
 }

@@ -141,7 +141,20 @@ def _add_splits(model: Model, rng: Rng, kinds: Any) -> Any:
     kinds[:, split] = SPLIT
     shares = np.stack([np.broadcast_to(vram, stream.shape), stream], axis=-1)
     shares[:, ~split] = 0.0
+    _divide_experts(model, rng, kinds, shares)
     return np.ascontiguousarray(shares, np.float32)
+
+
+def _divide_experts(model: Model, rng: Rng, kinds: Any, shares: Any) -> None:
+    """In some layers and tiers bus and CPU share what is not resident, or some of it, at one ratio."""
+    layers = np.array([-1 if u.expert is None else u.layer for u in model.units])
+    chance = rng.choice([0.3, 1.0, 1.0])
+    for tier in range(len(kinds)):
+        for layer in range(model.hparams["n_layer"]):
+            far = (layers == layer) & (kinds[tier] != VRAM) & (rng.random(layers.size) < chance)
+            if rng.random() < 0.7:
+                kinds[tier, far] = SPLIT
+                shares[tier, far] = 0.0, rng.choice([0.0, 0.05, rng.random(), rng.random(), 1.0])
 
 
 # ---- unsound ones ----

@@ -243,15 +243,153 @@ def test_bus_and_cpu_share_experts_at_once(tmp_path: Path) -> None:
     assert both < 0.9 * cpu < 0.9 * stream
 
 
+# ---- experts divided as they are routed ----
+
+
+def divided(model: ps.Model, share: float, n_vram: int = 0, rest: Place = "vram") -> Placement:
+    """The first experts of each layer in VRAM, the others shared by bus and CPU; in the ring, what 8 tokens want."""
+    places: dict[str, Place] = {}
+    for unit in model.units:
+        near = unit.expert is not None and unit.expert < n_vram
+        places[unit.name] = rest if unit.expert is None else "vram" if near else Split(stream=share)
+    return replace(Placement.everywhere(places), n_slots=8, slot_bytes=8 << 20)
+
+
+def gathers_of(engine: ps.Engine, model: ps.Model, n_tok: int) -> list[tuple[str, int]]:
+    """(stream, bytes over the bus) of each op that finds routed experts."""
+    streams, ops = _core.Plan.tick_names()[1:3]
+    ticks = engine.plan.bind(model).ticks(n_tok)
+    found = [t for t in ticks if t["op"] >= 0 and ops[t["op"]] == "gather_experts"]
+    return [(streams[t["stream"]], int(t["bus_bytes"])) for t in found]
+
+
+@pytest.mark.parametrize("rest", ["vram", "cpu"])
+@pytest.mark.parametrize("name", ["qwen3moe.q4_k_m", "mixtral.q4_0", "gpt-oss.mxfp4"])
+def test_golden_logits_of_divided_experts(name: str, rest: Place, heap: None) -> None:
+    """Token by token and as a prompt, whichever side has the router; the bits of the CPU alone."""
+    model, expected = ps.Model(GOLDEN / f"{name}.gguf"), golden(name)
+    tokens, answers = expected["tokens"], []
+    for share, n_vram in ((0.0, 0), (0.1, 0), (0.5, 0), (0.8, 3), (0.5, 1), (1.0, 0)):
+        device = ps.EmuDevice(seed=3, delays=True)
+        with open_plan(model, divided(model, share, n_vram, rest), device) as engine:
+            prompt = engine.logits(tokens)
+            assert reference.nmse(prompt, expected["reference"]) <= BARS[name]["bar"]
+            engine.generate(tokens[:5].tolist(), max_tokens=4, temperature=0)
+            answers.append((prompt, engine.last_logits.copy()))
+            found = [stream for stream, _ in gathers_of(engine, model, 1)]
+            n = model.hparams["n_expert"] - n_vram
+            on_bus = int(n * share + 0.5)
+            both = ["cpu", "compute"] if rest == "vram" else ["compute", "cpu"]
+            layer = [] if on_bus == 0 else ["compute"] if on_bus == n else both
+            assert found == layer * model.hparams["n_layer"]
+    if rest == "cpu":  # attention has the bits of one side then
+        for answer in answers[1:]:
+            assert all(np.array_equal(*pair) for pair in zip(answer, answers[0], strict=True))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> ps.Model:
+    """64 experts, 4 for each token: passes of 8 tokens gather."""
+    shape = replace(find_model("tiny-qwen3moe"), n_layer=2, n_expert=64, n_expert_used=4)
+    path = tmp_path_factory.mktemp("split") / "many.gguf"
+    synth(shape, path, fmt="q4_0", progress=False)
+    return ps.Model(path)
+
+
+def test_passes_of_few_tokens_divide_what_is_routed(many: ps.Model) -> None:
+    """Also where tokens of a pass want the same experts, and other shares in other tiers."""
+    prompts = [[7], [7, 7], [7, 8, 7, 9, 11], list(range(20, 28)), list(range(20, 29))]
+    answers = []
+    for share, n_vram in ((0.0, 0), (0.3, 0), (0.5, 20), (0.9, 0), (0.02, 0)):
+        placement = divided(many, share, n_vram)
+        other = divided(many, 0.7, n_vram) if share else placement
+        places = {**placement.places, "verify": other.places["verify"]}
+        with open_plan(many, replace(placement, places=places)) as engine:
+            answers.append([engine.logits(prompt) for prompt in prompts])
+            found = [len(gathers_of(engine, many, len(prompt))) for prompt in prompts]
+            assert found == ([4, 4, 4, 4, 0] if share else [0] * 5)
+    for answer in answers[1:]:
+        assert all(np.array_equal(*pair) for pair in zip(answer, answers[0], strict=True))
+
+
+def test_a_division_costs_the_expected_share(many: ps.Model) -> None:
+    """Of the routed experts outside VRAM; its static one, where nothing is gathered, what is placed there."""
+    image = max(unit.n_bytes for unit in many.units if unit.expert is not None)
+    for share, n_vram in ((0.25, 0), (0.5, 32), (0.75, 16)):
+        with open_plan(many, divided(many, share, n_vram)) as engine:
+            bus = [n for stream, n in gathers_of(engine, many, 1) if stream == "compute"]
+        far = 4 * (64 - n_vram) / 64
+        assert bus == pytest.approx([share * far * image] * 2, rel=0.01)
+
+
+def test_experts_that_cannot_be_locked_keep_their_places(many: ps.Model) -> None:
+    """Under a limit of locked memory that holds what streams, or not even that, layers are divided by their places."""
+    tokens = [3, 4, 5]
+    cpu_divides = ("cpu", "gather_experts")
+
+    def ran(engine: ps.Engine) -> set[tuple[str, str]]:
+        return {(row["stream"], row["op"]) for row in engine.trace().ops()}
+
+    with open_plan(many, divided(many, 0.4), trace=True) as engine:
+        expected, locked = engine.logits(tokens), int(engine.stats["locked_bytes"])
+        assert cpu_divides in ran(engine)
+    experts = sum(unit.n_bytes for unit in many.units if unit.expert is not None)
+    for less, bounces in ((experts // 4, False), (experts * 3 // 4, True)):
+        limits = {"locked_limit": locked - less, "trace": True}
+        with open_plan(many, divided(many, 0.4), **limits) as engine:
+            assert np.array_equal(engine.logits(tokens), expected)
+            found = ran(engine)
+            assert cpu_divides not in found
+            assert (("compute", "gather_experts") in found) != bounces
+            assert engine.stats["locked_bytes"] <= locked - less
+            assert (engine.stats["bounce_bytes"] > 0) == bounces
+
+
+def test_bus_and_cpu_divide_what_is_routed_at_once(tmp_path: Path) -> None:
+    shape = replace(find_model("tiny-qwen3moe"), n_layer=1, n_embd=512, n_ff=2048, n_ff_dense=2048)
+    synth(shape, tmp_path / "moe.gguf", fmt="f16", progress=False)
+    model = ps.Model(tmp_path / "moe.gguf")
+    with open_plan(model, divided(model, 5 / 17)) as engine:
+        engine.generate([1, 2, 3], max_tokens=6, temperature=0, logit_bias={2: -1e9})
+        both = 1 / float(engine.stats["tps"])
+    with open_plan(model, share_experts(model, 0)) as engine:
+        engine.generate([1, 2, 3], max_tokens=6, temperature=0, logit_bias={2: -1e9})
+        assert both < 0.9 / float(engine.stats["tps"])
+
+
 # ---- refusals, and the way there ----
 
 
-def test_an_expert_is_not_split() -> None:
+def test_an_expert_is_not_cut() -> None:
     model = ps.Model(GOLDEN / "qwen3moe.q4_k_m.gguf")
-    with pytest.raises(ps.PlanError, match="each expert of the layer") as info:
+    with pytest.raises(ps.PlanError, match="an expert is not cut") as info:
         open_plan(model, everywhere(model, {"expert": Split(vram=0.5)}, "cpu"))
     assert info.value.unit == "blk.0.expert.0"
     assert info.value.tier == "decode"
+
+
+def test_a_layers_experts_have_one_share() -> None:
+    model = ps.Model(GOLDEN / "qwen3moe.q4_k_m.gguf")
+    placement = divided(model, 0.5)
+    odd = {**placement.places["small"], "blk.1.expert.7": Split(stream=0.25)}
+    with pytest.raises(ps.PlanError, match="the same share") as info:
+        open_plan(model, replace(placement, places={**placement.places, "small": odd}))
+    assert (info.value.unit, info.value.tier) == ("blk.1.expert.7", "small")
+    with pytest.raises(ps.PlanError, match="between 0 and 1"):
+        open_plan(model, divided(model, 1.5))
+
+
+def test_divided_experts_survive_their_file(tmp_path: Path) -> None:
+    model = ps.Model(GOLDEN / "qwen3moe.q4_k_m.gguf")
+    with open_plan(model, divided(model, 0.4, 5)) as engine:
+        engine.plan.save(tmp_path / "plan.json")
+        logits, text, places = engine.logits([3, 4]), engine.plan.explain(), engine.plan.places
+    plan = ps.Plan.load(tmp_path / "plan.json")
+    assert plan.places == places
+    assert places["decode"]["blk.0.expert.5"] == Split(stream=0.4)
+    assert "split: vram 0%, stream 40%, cpu 60%" in text
+    with ps.Engine(model, device="emu", plan=plan, threads=2) as engine:
+        assert np.array_equal(engine.logits([3, 4]), logits)
 
 
 def test_a_split_plan_survives_its_file(tmp_path: Path) -> None:
