@@ -24,7 +24,7 @@ __all__ = ["ANY_OP", "SIDES", "Profile", "Sample", "default_profile", "rates_pro
 
 FORMAT, VERSION = "pipeshard-profile", 1
 ANY_OP = "*"  # of samples that give a rate of a side, not of one op
-SIDES = ("gpu", "cpu", "h2d", "d2h", "fixed")
+SIDES = ("gpu", "cpu", "h2d", "d2h", "fixed", "disk")
 LOADS = ("idle", "h2d", "d2h", "cpu", "copy_both")
 SOURCES = ("measured", "datasheet", "default")
 _SHIPPED = Path(__file__).parent / "profiles"
@@ -48,9 +48,10 @@ _MODEST_RATES = {
 class Sample:
     """One thing that was timed.
 
-    side: who worked: "gpu", "cpu", "h2d", "d2h"; "fixed": what takes time whatever its size. op: of gpu and cpu an op
-    as tick lists name it, or "*" for any; of h2d and d2h "copy", or "gather" (the GPU reads scattered locked memory
-    itself); of fixed "launch", "graph_node", "flag" (half of a round trip between GPU and CPU), "pass" (its start and
+    side: who worked: "gpu", "cpu", "h2d", "d2h", "disk"; "fixed": what takes time whatever its size. op: of gpu and
+    cpu an op as tick lists name it, or "*" for any; of h2d and d2h "copy", or "gather" (the GPU reads scattered locked memory
+    itself); of disk "read", of large parts of the model's file past the page cache, which is there only where the
+    file system allows such reads; of fixed "launch", "graph_node", "flag" (half of a round trip between GPU and CPU), "pass" (its start and
     last wait) or "copy" (to issue one). fmt: of weights or cache. n_tok: rows that the op works on. bytes: moved
     through that side's memory, or over the bus. seconds: the median. threads: of the CPU; 0: as many as there are.
     load: what else ran. extrapolated: the run was cut short and scaled."""
@@ -289,7 +290,8 @@ def rates_profile(
     rates: Mapping[str, float], *, source: str, machine: Mapping[str, str | int]
 ) -> Profile:
     """A profile of a machine whose ops take `launch_ns` and the longer of bytes and FLOPs over their rates, and whose
-    copies take `copy_ns` and bytes over the bus's rate; keys as in `EmuDevice.profile`."""
+    copies take `copy_ns` and bytes over the bus's rate; keys as in `EmuDevice.profile`, of which disk_bytes_per_s may
+    be left out where it is not known."""
     launch, copy = rates["launch_ns"] * 1e-9, rates["copy_ns"] * 1e-9
     samples = []
     for side, memory, math_rate in (
@@ -306,6 +308,9 @@ def rates_profile(
     for side in ("h2d", "d2h"):
         rate = rates[f"{side}_bytes_per_s"]
         samples += [Sample(side, "copy", None, 0, 0, n, copy + n / rate) for n in _COPY_BYTES]
+    disk = rates.get("disk_bytes_per_s")
+    if disk is not None:
+        samples.append(Sample("disk", "read", None, 0, 0, _whole(disk), _whole(disk) / disk))
     samples += [
         Sample("fixed", "flag", None, 0, 0, 0, rates["flag_ns"] * 1e-9),
         *(Sample("fixed", op, None, 0, 0, 0, 0.0) for op in ("launch", "graph_node", "pass")),

@@ -6,6 +6,7 @@ Not here: durations of single ops (cost.py), which placement (sched_policies). T
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Mapping
@@ -24,13 +25,17 @@ from .emu import EmuDevice
 from .model import Model
 from .sched_policies.base import Prediction
 
-__all__ = ["GRAPH_TOK", "PassTime", "Simulator", "as_profile", "machine_profile"]
+__all__ = ["GRAPH_TOK", "PassTime", "Simulator", "Sources", "as_profile", "machine_profile"]
 
 GRAPH_TOK = 16  # passes of at most as many tokens run as graphs
 # What a prediction may be off by, at least, whatever the samples say of themselves.
 _LEAST_ERROR = {"measured": 0.08, "datasheet": 0.35, "default": 0.5}
 _EMU_ERROR = 0.02
 _LARGE = 1 << 28  # bytes and FLOPs by which a model without a roof is asked for its rates
+_DISK_BYTES_PER_S = 3e9  # of a disk that nobody measured: an NVMe drive's
+# Filling a slot by the CPU moves each byte three times: read, and written after its line was fetched.
+_FILL_MOVES = 3.0
+_BOUNCED, _ON_DISK = 1, 2  # as the core has them
 _PROBE = Shape(None, 1, 1 << 26, 1 << 25)  # by which it is asked how things slow each other down
 
 
@@ -84,13 +89,36 @@ def _names() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[s
     return _core.Plan.tick_names()
 
 
-class Simulator:
-    """Prices passes of any plan on one machine."""
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where an engine's copies come from: `units`, of each one page-locked memory (0), other memory (1) or disk (2).
+    The latter two go through a ring of locked slots, at most `piece_bytes` at a time."""
 
-    def __init__(self, profile: Profile, *, threads: int = 0, cost: Fit = fit) -> None:
+    units: bytes
+    piece_bytes: int
+
+
+class Simulator:
+    """Prices passes of any plan on one machine. sources: of an open engine; None: all page-locked."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        *,
+        threads: int = 0,
+        cost: Fit = fit,
+        sources: Sources | None = None,
+    ) -> None:
         self.profile = profile
+        self.sources = sources
         self.cost: CostModel = cost(profile.samples, threads)
         self.is_virtual = self.device == "emu"
+
+    def beside(self, sources: Sources | None) -> Simulator:
+        """The same of copies from there."""
+        other = copy.copy(self)
+        other.sources = sources
+        return other
 
     @property
     def device(self) -> str:
@@ -111,7 +139,7 @@ class Simulator:
     ) -> PassTime:
         """n_tok tokens behind `first` others; n_kv: keys in all where they are of several sequences."""
         max_kv = n_kv or first + n_tok
-        graph = n_tok <= GRAPH_TOK
+        graph = n_tok <= GRAPH_TOK and self.sources is None  # filling slots is no part of one
         fill = 1.0 if self.is_virtual else self._fill(core, n_tok, max_kv)
         priced: list[_Priced] = []
 
@@ -125,7 +153,8 @@ class Simulator:
             priced.append(replace(priced[0], seconds=slower))
             return _as_ns(slower)
 
-        span = core.walk(n_tok, n_out, max_kv, first, price)
+        known = {} if self.sources is None else {"sources": self.sources.units}
+        span = core.walk(n_tok, n_out, max_kv, first, price, **known)
         return self._finish(priced[0].ticks, span, graph)
 
     @staticmethod
@@ -157,7 +186,29 @@ class Simulator:
             alike ^= alike >> np.uint64(29)
         _, where, which = np.unique(alike, return_index=True, return_inverse=True)
         prices = np.array([self._seconds(ticks[i], graph, fill) for i in where])
-        return _Priced(ticks, prices[which])
+        seconds = prices[which]
+        if self.sources is not None:
+            self._bounce(ticks, seconds, self.sources)
+        return _Priced(ticks, seconds)
+
+    def _bounce(
+        self, ticks: npt.NDArray[np.void], seconds: npt.NDArray[np.float64], sources: Sources
+    ) -> None:
+        """Copies through the ring take as long as filling it where that is longer. Both go piece by piece, and each
+        piece is handed over by a flag."""
+        source = np.frombuffer(sources.units, np.uint8)[ticks["unit"]]
+        source[ticks["weights"] == 0] = 0
+        flag = self.cost.seconds("flag", Shape(), "fixed")
+        start = self.cost.seconds(ANY_OP, Shape(None, 1, 0, 1), "cpu")
+        fill_rate = self.rates("cpu")[0] / (1.0 if self.is_virtual else _FILL_MOVES)
+        for kind, rate in ((_BOUNCED, fill_rate), (_ON_DISK, min(fill_rate, self.disk_rate))):
+            (on,) = np.nonzero(source == kind)
+            for n_bytes in np.unique(ticks["n_bytes"][on]):
+                n = -(-int(n_bytes) // sources.piece_bytes)
+                cross = self.cost.seconds("copy", Shape(bytes=int(n_bytes) // n), "h2d")
+                fill = start + n_bytes / n / rate
+                here = on[ticks["n_bytes"][on] == n_bytes]
+                seconds[here] = n * (flag + max(cross, fill))
 
     def _seconds(self, tick: Any, graph: bool, fill: float) -> float:
         kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied = tick.item()
@@ -295,6 +346,12 @@ class Simulator:
 
     # ---- rates ----
 
+    @cached_property
+    def disk_rate(self) -> float:
+        """Bytes a second of the model's file, past the page cache."""
+        reads = [s for s in self.profile.samples if s.side == "disk" and s.seconds > 0]
+        return max((s.bytes / s.seconds for s in reads), default=_DISK_BYTES_PER_S)
+
     def rates(self, place: Where) -> tuple[float, float]:
         """Bytes and FLOPs a second that nothing on that side beats; of a bus bytes only."""
         roof = getattr(self.cost, "roof", None)
@@ -317,8 +374,6 @@ class Simulator:
         """(TTFT, TPS) that no placement under the budget beats: what is needed and does not fit crosses the bus or is
         read by the CPU, both at once at their measured rates; what fits is read by the GPU; FLOPs are done by both."""
         h2d, (vram, gpu), (dram, cpu) = self.rates("h2d")[0], self.rates("vram"), self.rates("cpu")
-        if self.device == "host":  # everything is the CPU's
-            budget_bytes, h2d, gpu = 0, 0.0, 0.0
         fixed = self.cost.seconds("pass", Shape(), "fixed")
 
         def bound(n_tok: int, flops: int, unasked: tuple[str, ...]) -> float:

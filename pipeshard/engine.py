@@ -26,7 +26,7 @@ from ._devices import check_device, describe, free_budget, open_device
 from ._profile import Profile
 from ._progress import Bar
 from ._recorder import Recorder, TracedEngine
-from ._simulator import PassTime, Simulator, as_profile
+from ._simulator import PassTime, Simulator, Sources, as_profile
 from .emu import EmuDevice
 from .errors import (
     BusyError,
@@ -118,7 +118,8 @@ class Engine(TracedEngine):
         self._n_as_prompt = 0  # tokens at the sequence's beginning that ran as part of a prompt
         self._last_run: tuple[Ids, list[int]] | None = None  # the prompt, and what was decoded
         self._run_stats: Json = _no_run()
-        self._simulator: Simulator | None = None
+        self._simulator: Simulator | None = None  # that plans are made with
+        self._predictor: Simulator | None = None  # the same, for where the weights came to lie
         self._prediction: tuple[tuple[int, int, int], PassTime, PassTime] | None = None
         self._last_core_stats: Json = {}
         chunk_tok = max(wishes.n_seq, min(MAX_CHUNK_TOK, wishes.n_ctx))
@@ -173,10 +174,20 @@ class Engine(TracedEngine):
                 )
         finally:
             del core_plan
+        self._note_sources(self._core)
         self._recorder = Recorder(self._core, self.model, self._plan, self.device_info)
         if self._traced:
             self._recorder.start(self._core)
         _open_engines.add(self)
+
+    def _note_sources(self, core: _core.Engine) -> None:
+        """Which weights are not page-locked follows from the limits and from what the system refuses: plans are made
+        without, but predictions know."""
+        units, piece_bytes = core.sources()
+        self._prediction = None
+        self._predictor = self._simulator
+        if self._simulator is not None and any(units):
+            self._predictor = self._simulator.beside(Sources(units, piece_bytes))
 
     def set_budget(self, vram: int | str) -> None:
         """Goes over to another budget of VRAM, between tokens: a stream under way goes on from there, and what follows
@@ -197,7 +208,7 @@ class Engine(TracedEngine):
             except BaseException:
                 self._plan, self._budget = before
                 raise
-            self._prediction = None
+            self._note_sources(core)
             self._n_as_prompt = (
                 0  # it ran elsewhere: another engine's answers need not be the same bits
             )
@@ -527,14 +538,14 @@ class Engine(TracedEngine):
     def _predicted(self) -> Json:
         """For the sizes of the last run; before the first, for those that the plan speaks of."""
         n_prompt, n_gen = self._run_stats["n_prompt"], self._run_stats["n_gen"]
-        if self._simulator is None:
+        if self._predictor is None:
             return {"predicted_ttft_s": None, "predicted_tps": None}
-        if n_prompt == 0 and self._plan.predicted is not None:
+        if n_prompt == 0 and self._plan.predicted is not None and self._predictor.sources is None:
             found = self._plan.predicted
             return {"predicted_ttft_s": found["ttft_s"], "predicted_tps": found["tps"]}
         sizes = (n_prompt or N_PROMPT, n_gen or N_GEN, self._run_stats["n_cached"])
         if self._prediction is None or self._prediction[0] != sizes:
-            prompt, decode = self._simulator.run(
+            prompt, decode = self._predictor.run(
                 self._plan.bind(self.model),
                 n_ctx=self.n_ctx,
                 n_prompt=sizes[0],

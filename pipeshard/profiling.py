@@ -21,12 +21,13 @@ from typing import Any
 
 from . import _core
 from ._devices import check_device, open_device
+from ._disk import time_reads
 from ._profile import Profile, Sample
 from ._progress import Bar
 from ._simulator import machine_profile
 from ._version import __version__
 from .demo import cache_folder
-from .emu import EmuDevice
+from .emu import PROFILE_KEYS, EmuDevice
 from .errors import (
     DeviceError,
     FileError,
@@ -90,10 +91,20 @@ def stored_or_measured(
             device_bytes=min(device_bytes, _DEVICE_BYTES),
             progress=bar.to,
         )
-    measured = Profile("measured", machine, geometry_of(model), tuple(Sample(*row) for row in rows))
+    samples = [Sample(*row) for row in rows]
+    reads = _emulated_reads(emu) if device.kind == "emu" else time_reads(model.path)
+    samples += [] if reads is None else [Sample("disk", "read", None, 0, 0, *reads)]
+    measured = Profile("measured", machine, geometry_of(model), tuple(samples))
     if path is not None:
         _keep(measured, path)
     return measured
+
+
+def _emulated_reads(emu: EmuDevice | None) -> tuple[int, float]:
+    """As its clock would charge them."""
+    rate = dict(zip(PROFILE_KEYS, (emu or EmuDevice())._rates(), strict=True))["disk_bytes_per_s"]
+    n_bytes = max(1, round(rate))
+    return n_bytes, n_bytes / rate
 
 
 # ---- which one ----

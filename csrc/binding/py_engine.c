@@ -457,6 +457,7 @@ static PyMethodDef METHODS[] = {
     {"truncate", engine_truncate, METH_VARARGS, truncate_doc},
     {"replan", engine_replan, METH_VARARGS, replan_doc},
     {"stats", py_engine_stats, METH_NOARGS, py_stats_doc},
+    {"sources", py_engine_sources, METH_NOARGS, py_sources_doc},
     {"clock_ns", engine_clock_ns, METH_NOARGS, clock_ns_doc},
     {"cancel", engine_cancel, METH_NOARGS, cancel_doc},
     {"trace_start", py_engine_trace_start, METH_O, py_trace_start_doc},

@@ -1,4 +1,4 @@
-/* py_memory - _core.Engine's method about memory and traffic.
+/* py_memory - _core.Engine's methods about memory and traffic.
  *
  * Not here: the type (py_engine.c).
  * Threads: the GIL, between passes.
@@ -48,4 +48,21 @@ PyObject *py_engine_stats(PyObject *self, PyObject *unused)
     Py_XDECREF(kinds);
     if (failed) Py_CLEAR(dict);
     return dict;
+}
+
+const char py_sources_doc[] =
+    PyDoc_STR("sources() -> (bytes, int)\n\nWhere copies of each unit come from: 0 page-locked "
+              "memory, or no copies; 1 other memory, 2 disk, both through\nthe bounce ring, in "
+              "copies of at most so many bytes.");
+
+PyObject *py_engine_sources(PyObject *self, PyObject *unused)
+{
+    const ps_exec *x = py_engine_exec(self);
+    (void)unused;
+    if (x == NULL) return NULL;
+    const ps_model *m = ps_exec_plan(x)->model;
+    PyObject *sources = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)m->n_units);
+    if (sources == NULL) return NULL;
+    uint64_t piece_bytes = ps_exec_sources(x, (uint8_t *)PyBytes_AS_STRING(sources));
+    return Py_BuildValue("(NK)", sources, (unsigned long long)piece_bytes);
 }

@@ -7,4 +7,7 @@
 extern const char py_stats_doc[];
 PyObject *py_engine_stats(PyObject *self, PyObject *unused);
 
+extern const char py_sources_doc[];
+PyObject *py_engine_sources(PyObject *self, PyObject *unused);
+
 #endif

@@ -250,10 +250,11 @@ PyDoc_STRVAR(ticks_doc,
     "and what there is to do.");
 
 PyDoc_STRVAR(walk_doc,
-    "walk(n_tok, n_out, max_kv, first, price) -> dict\n\nHow long the pass of ticks() takes if "
-    "each "
+    "walk(n_tok, n_out, max_kv, first, price, sources=...) -> dict\n\nHow long the pass of ticks() "
+    "takes if each "
     "tick takes as many nanoseconds (an array of uint64) as price(ticks, None) says. It is then "
-    "asked price(ticks, span), by what that walk found, until it returns None.");
+    "asked price(ticks, span), by what that walk found, until it returns None. sources: an "
+    "engine's;\nelse as where all host memory is page-locked.");
 
 PyDoc_STRVAR(tick_names_doc,
     "tick_names() -> tuple\n\nNames by number of a tick's kinds, streams, ops and formats.");

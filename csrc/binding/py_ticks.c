@@ -16,7 +16,7 @@ enum { N_KINDS = sizeof kind_names / sizeof *kind_names };
 
 /* A row of the array that ticks() returns; the dtype below says the same. */
 typedef struct row {
-    uint8_t kind, stream, op, _;
+    uint8_t kind, stream, op, weights; /* 1: a copy of weights */
     int32_t unit, fmt;
     uint32_t n_tok;
     uint64_t flops, bytes, bus_bytes, n_bytes;
@@ -26,8 +26,8 @@ static PyArray_Descr *row_type(void)
 {
     PyArray_Descr *descr = NULL;
     PyObject *spec = Py_BuildValue("[(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)]", "kind", "u1",
-        "stream", "u1", "op", "u1", "_", "u1", "unit", "i4", "fmt", "i4", "n_tok", "u4", "flops",
-        "u8", "bytes", "u8", "bus_bytes", "u8", "n_bytes", "u8");
+        "stream", "u1", "op", "u1", "weights", "u1", "unit", "i4", "fmt", "i4", "n_tok", "u4",
+        "flops", "u8", "bytes", "u8", "bus_bytes", "u8", "n_bytes", "u8");
     if (spec != NULL && !PyArray_DescrConverter(spec, &descr)) descr = NULL;
     Py_XDECREF(spec);
     return descr;
@@ -93,6 +93,7 @@ static PyObject *array_of(const ps_ticks *t)
         rows[i] = (row){.kind = k->kind,
             .stream = k->stream,
             .op = k->op,
+            .weights = k->kind == PS_TICK_COPY_IN && ps_ref_space(k->src) == PS_SPACE_HOST_WEIGHTS,
             .unit = ps_plan_whole(t->plan, k->unit),
             .fmt = w.fmt,
             .n_tok = w.n_tok,
@@ -200,24 +201,46 @@ static PyObject *walk_all(py_state *state, const ps_ticks *ticks, PyObject *pric
     return span;
 }
 
+/* Which units lie in page-locked memory, by an engine's sources(); NULL with an exception. */
+static bool *find_mapped(const ps_plan *core, PyObject *sources)
+{
+    Py_ssize_t n = (Py_ssize_t)core->model->n_units;
+    if (PyBytes_GET_SIZE(sources) != n) {
+        PyErr_Format(PyExc_ValueError, "sources of %zd units, and the plan has %zd",
+            PyBytes_GET_SIZE(sources), n);
+        return NULL;
+    }
+    bool *mapped = PyMem_Calloc((size_t)n + 1, sizeof *mapped);
+    if (mapped == NULL) PyErr_NoMemory();
+    for (Py_ssize_t i = 0; mapped != NULL && i < n; i++)
+        mapped[i] = PyBytes_AS_STRING(sources)[i] == 0;
+    return mapped;
+}
+
 PyObject *py_plan_walk(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static const char *const names[] = {"n_tok", "n_out", "max_kv", "first", "price", NULL};
+    static const char *const names[] = {
+        "n_tok", "n_out", "max_kv", "first", "price", "sources", NULL};
     const ps_plan *core = py_plan_get(self);
     py_state *state = py_state_of(self);
     pass_args a = {0};
-    PyObject *price = NULL;
+    PyObject *price = NULL, *sources = NULL;
+    bool *mapped = NULL;
     ps_pass_shape shape;
     ps_ticks *ticks = NULL;
     ps_err err = {0};
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&O", (char **)names, py_to_u32, &a.n_tok,
-            py_to_u32, &a.n_out, py_to_u32, &a.max_kv, py_to_u32, &a.first, &price) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&O|S", (char **)names, py_to_u32,
+            &a.n_tok, py_to_u32, &a.n_out, py_to_u32, &a.max_kv, py_to_u32, &a.first, &price,
+            &sources) ||
         find_shape(core, &a, &shape) < 0)
         return NULL;
-    if (lower(core, &shape, &ticks, &err) != PS_OK) return py_raise(state, &err);
-    PyObject *result = walk_all(state, ticks, price);
+    if (sources != NULL && (mapped = find_mapped(core, sources)) == NULL) return NULL;
+    shape.mapped = mapped;
+    PyObject *result = lower(core, &shape, &ticks, &err) == PS_OK ? walk_all(state, ticks, price)
+                                                                  : py_raise(state, &err);
     ps_ticks_destroy(ticks);
+    PyMem_Free(mapped);
     return result;
 }
 

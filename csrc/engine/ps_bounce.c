@@ -118,6 +118,11 @@ uint64_t ps_bounce_bytes(const ps_bounce *b)
     return b != NULL ? b->locked_bytes : 0;
 }
 
+uint64_t ps_bounce_piece_bytes(const ps_bounce *b)
+{
+    return b != NULL ? b->payload_bytes : 0;
+}
+
 ps_disk_direct ps_bounce_disk_direct(const ps_bounce *b)
 {
     if (b == NULL || b->files == NULL) return PS_DISK_UNUSED;

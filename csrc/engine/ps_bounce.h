@@ -43,6 +43,7 @@ ps_status ps_bounce_create(const ps_host_weights *weights, ps_device *device, ui
     ps_bounce **out, ps_err *err);
 void ps_bounce_destroy(ps_bounce *b);                     /* both streams are idle; NULL allowed */
 uint64_t ps_bounce_bytes(const ps_bounce *b);             /* of locked memory; 0 for NULL */
+uint64_t ps_bounce_piece_bytes(const ps_bounce *b);       /* at most, of one copy; 0 for NULL */
 ps_disk_direct ps_bounce_disk_direct(const ps_bounce *b); /* NULL allowed */
 
 /* Enqueues a copy of part of a unit's image, on `s` and on the stream that fills. */

@@ -490,6 +490,12 @@ ps_exec_stats ps_exec_get_stats(const ps_exec *x)
     return s;
 }
 
+uint64_t ps_exec_sources(const ps_exec *x, uint8_t *sources)
+{
+    ps_host_weights_sources(&x->weights, sources);
+    return ps_bounce_piece_bytes(x->bounce);
+}
+
 uint64_t ps_exec_clock_ns(const ps_exec *x)
 {
     if (!x->device->info.virtual_clock) return ps_clock_ns();

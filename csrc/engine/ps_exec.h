@@ -96,6 +96,9 @@ bool ps_exec_is_lost(const ps_exec *x); /* a sticky device error happened */
 const ps_arena *ps_exec_arena(const ps_exec *x);
 const ps_plan *ps_exec_plan(const ps_exec *x);
 ps_exec_stats ps_exec_get_stats(const ps_exec *x);
+/* As ps_host_weights_sources; returns the most bytes of one copy that bounces, 0 where none does.
+ */
+uint64_t ps_exec_sources(const ps_exec *x, uint8_t *sources);
 /* The device's clock now, in nanoseconds: virtual on emu. No pass may be running. */
 uint64_t ps_exec_clock_ns(const ps_exec *x);
 

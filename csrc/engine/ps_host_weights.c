@@ -164,6 +164,19 @@ bool ps_host_weights_all_locked(const ps_host_weights *w)
     return true;
 }
 
+void ps_host_weights_sources(const ps_host_weights *w, uint8_t *sources)
+{
+    for (uint32_t i = 0; i < w->plan->model->n_units; i++) {
+        ps_source source = !w->streamed[i]    ? PS_SOURCE_LOCKED
+                           : !w->in_memory[i] ? PS_SOURCE_DISK
+                           : w->piece[i] == 0 ? PS_SOURCE_BOUNCED
+                                              : PS_SOURCE_LOCKED;
+        uint8_t *whole = &sources[ps_plan_whole(w->plan, (int32_t)i)];
+        sources[i] = (uint8_t)source;
+        if (*whole < sources[i]) *whole = sources[i];
+    }
+}
+
 typedef struct image {
     uintptr_t base;
     uint64_t n_bytes;

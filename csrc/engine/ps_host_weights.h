@@ -62,6 +62,12 @@ bool ps_host_weights_unlock_one(ps_host_weights *w);
 /* Is every streamed unit locked? */
 bool ps_host_weights_all_locked(const ps_host_weights *w);
 
+/* Where copies of a unit come from. */
+typedef enum ps_source { PS_SOURCE_LOCKED, PS_SOURCE_BOUNCED, PS_SOURCE_DISK } ps_source;
+/* Of each unit of the plan's model, [n_units]: a ps_source. A unit that was cut counts as the
+ * slowest of its parts; one that is not copied as locked. */
+void ps_host_weights_sources(const ps_host_weights *w, uint8_t *sources);
+
 /* NULL: on disk. */
 const void *ps_host_weights_image(const ps_host_weights *w, uint32_t unit);
 

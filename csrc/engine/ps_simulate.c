@@ -5,15 +5,21 @@
 
 /* ---- the list as it runs ---- */
 
-static bool follows(const ps_model *m, ps_dptr from, uint64_t n_bytes, ps_dptr to)
+static bool is_locked(const ps_ticks *t, uint64_t unit)
+{
+    return t->shape.mapped == NULL || t->shape.mapped[unit];
+}
+
+static bool follows(const ps_ticks *t, ps_dptr from, uint64_t n_bytes, ps_dptr to)
 {
     if (from.a + n_bytes == to.a) return true;
     if (ps_ref_space(from) != PS_SPACE_HOST_WEIGHTS || ps_ref_space(to) != PS_SPACE_HOST_WEIGHTS)
         return false;
     uint64_t unit = ps_ref_offset(from) >> PS_IMAGE_SHIFT,
              end = (ps_ref_offset(from) & ((1ull << PS_IMAGE_SHIFT) - 1)) + n_bytes;
-    return end == m->units[unit].n_bytes && end % PS_WEIGHT_ALIGN == 0 &&
-           ps_ref_offset(to) == (unit + 1) << PS_IMAGE_SHIFT;
+    return end == t->plan->model->units[unit].n_bytes && end % PS_WEIGHT_ALIGN == 0 &&
+           ps_ref_offset(to) == (unit + 1) << PS_IMAGE_SHIFT && is_locked(t, unit) &&
+           is_locked(t, unit + 1);
 }
 
 /* As ps_bind does once addresses are known. */
@@ -27,8 +33,7 @@ static void merge_copies(ps_ticks *t)
         ps_tick *last = n > 0 ? &t->tick[n - 1] : NULL;
         bool in = k->kind == PS_TICK_COPY_IN;
         if (in && last != NULL && last->kind == PS_TICK_COPY_IN &&
-            last->dst.a + last->n_bytes == k->dst.a &&
-            follows(t->plan->model, last_src, last_bytes, k->src))
+            last->dst.a + last->n_bytes == k->dst.a && follows(t, last_src, last_bytes, k->src))
             last->n_bytes += k->n_bytes;
         else
             t->tick[n++] = *k;

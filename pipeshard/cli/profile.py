@@ -84,6 +84,9 @@ def _text(found: Profile) -> list[str]:
         lines += [*table(beside, right=(3, 4, 5)), ""]
     fixed = [s for s in samples if s.side == "fixed" and s.load == "idle"]
     lines.append("  ".join(f"{s.op} {_time(s.seconds)}" for s in fixed))
+    reads = [_gb_s(s) for s in samples if s.side == "disk"]
+    disk = f"{_number(max(reads))} GB/s" if reads else "not known"
+    lines.append(f"reads of the model's file, past the page cache: {disk}")
     if any(s.extrapolated for s in samples):
         lines.append("~: parts of these ops ran, and the rest was extrapolated")
     return lines

@@ -267,6 +267,44 @@ def test_filling_copying_and_computing_overlap() -> None:
     assert times[1] < 1.3 * times[0]
 
 
+RATES = [{}, {"disk_bytes_per_s": 2e8}, {"dram_bytes_per_s": 3e8}]
+
+
+@pytest.mark.parametrize("rates", RATES, ids=lambda rates: "-".join(rates) or "usual")
+@pytest.mark.parametrize("name", ["locked_limit", "ram_limit"])
+def test_predictions_know_of_limits(case: Case, name: str, rates: dict[str, float]) -> None:
+    device = ps.EmuDevice(profile=rates)
+    with case.open(device=device, **{name: smallest(case, name)}) as engine:
+        before = engine.stats["predicted_ttft_s"]
+        assert before is None or before > 0
+        engine.generate(PROMPT.tolist(), **GREEDY)
+        stats = engine.stats
+        assert stats["predicted_ttft_s"] == pytest.approx(stats["ttft_s"], rel=0.05)
+        assert stats["predicted_tps"] == pytest.approx(stats["tps"], rel=0.05)
+        slow = stats["predicted_ttft_s"]
+        engine.set_budget(1 << 39)  # another executor
+        engine.generate(PROMPT.tolist(), **GREEDY)
+        assert engine.stats["predicted_ttft_s"] == pytest.approx(slow, rel=0.05)
+    with case.open(device=device) as engine:
+        engine.generate(PROMPT.tolist(), **GREEDY)
+        stats = engine.stats
+        assert stats["predicted_ttft_s"] == pytest.approx(stats["ttft_s"], rel=0.05)
+        assert stats["predicted_ttft_s"] < 0.5 * slow
+
+
+def test_predictions_know_of_some_page_locked_memory(case: Case) -> None:
+    least = smallest(case, "locked_limit")
+    limit = least + (case.opened["locked_bytes"] - least) // 2
+    with case.open(locked_limit=limit) as engine:
+        units, piece_bytes = engine._core.sources()  # type: ignore[union-attr]
+        assert {0, 1} == set(units)
+        assert 0 < piece_bytes <= limit
+        engine.generate(PROMPT.tolist(), **GREEDY)
+        stats = engine.stats
+        assert stats["predicted_ttft_s"] == pytest.approx(stats["ttft_s"], rel=0.05)
+        assert stats["predicted_tps"] == pytest.approx(stats["tps"], rel=0.05)
+
+
 # ---- failures ----
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
@@ -16,7 +18,9 @@ import pytest
 import pipeshard as ps
 from pipeshard import _core, profiling
 from pipeshard.__main__ import main
+from pipeshard._disk import time_reads
 from pipeshard._profile import Sample, default_profile
+from pipeshard._simulator import Simulator
 from pipeshard.cli.profile import _text
 
 SMALL = {"MAX_TOK": 8, "MAX_KV": 256, "_DEVICE_BYTES": 8 << 20}
@@ -56,7 +60,7 @@ def test_holds_what_the_emulated_clock_charges(measured: list[str], moe: str, he
     assert found.machine["threads"] == 2
     rates = dict(zip(ps.emu.PROFILE_KEYS, _core.emu_profile(), strict=True))
     sides = {s.side for s in found.samples}
-    assert sides == {"gpu", "cpu", "h2d", "d2h", "fixed"}
+    assert sides == {"gpu", "cpu", "h2d", "d2h", "fixed", "disk"}
     assert {"matmul", "attn", "moe_up", "moe_down", "norm"} <= {s.op for s in found.samples}
     for s in found.samples:
         if s.side == "gpu" and not s.extrapolated:
@@ -331,3 +335,64 @@ def test_table_of_profiles_that_hold_little() -> None:
     machine = {"cpu": "a CPU", "cpu_variant": "ref", "threads": 1}
     alone = ps.Profile("measured", machine, None, (Sample("cpu", "norm", None, 1, 1, 1, 0.0),))
     assert _text(alone)[0].startswith("a CPU")
+
+
+# ---- the disk ----
+
+
+@pytest.fixture
+def large_file(tmp_path: Path) -> Path:
+    path = tmp_path / "large"
+    path.write_bytes(bytes(17 << 20))
+    return path
+
+
+def test_a_disk_is_timed_for_a_moment(large_file: Path) -> None:
+    start = time.perf_counter()
+    reads = time_reads(large_file, limit_s=0.05)
+    assert time.perf_counter() - start < 1.0
+    if reads is None:
+        pytest.skip("no reads past the page cache here")
+    n_bytes, seconds = reads
+    assert 0 < n_bytes <= 17 << 20
+    assert n_bytes % (1 << 20) == 0
+    assert seconds > 0
+
+
+@pytest.mark.parametrize("what", ["open", "preadv"])
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EIO])
+def test_a_disk_that_refuses_is_not_known(
+    large_file: Path, monkeypatch: pytest.MonkeyPatch, what: str, error: int
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(error, os.strerror(error))
+
+    monkeypatch.setattr(os, what, refuse)
+    assert time_reads(large_file) is None
+
+
+def test_neither_is_one_of_a_small_file(tmp_path: Path) -> None:
+    assert time_reads(tmp_path / "none") is None
+    (tmp_path / "small").write_bytes(bytes(1 << 20))
+    assert time_reads(tmp_path / "small") is None
+
+
+@pytest.mark.parametrize("reads", [(1 << 30, 0.5), None])
+def test_profiles_say_how_fast_the_disk_is(
+    monkeypatch: pytest.MonkeyPatch,
+    measured: list[str],
+    llama: str,
+    reads: tuple[int, float] | None,
+) -> None:
+    monkeypatch.setattr(profiling, "time_reads", lambda path: reads if path == llama else None)
+    found = ps.profile(llama, device="host", threads=1)
+    assert measured == ["host"]
+    assert [(s.op, s.bytes, s.seconds) for s in found.samples if s.side == "disk"] == (
+        [] if reads is None else [("read", *reads)]
+    )
+    lines = [line for line in _text(found) if "page cache" in line]
+    assert lines == [
+        "reads of the model's file, past the page cache: " + ("2.1 GB/s" if reads else "not known")
+    ]
+    simulator = Simulator(found)
+    assert simulator.disk_rate == pytest.approx(reads[0] / reads[1] if reads else 3e9)
