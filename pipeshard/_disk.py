@@ -1,7 +1,8 @@
 """How fast a file's disk is when it is read as weights are that stay on disk: large reads, several at once, past the
 page cache.
 
-Not here: those reads (the core), what follows from the rate (_simulator.py). Threads: its own, joined before it returns.
+Not here: those reads (the core), what follows from the rate (_simulator.py).
+Threads: its own, joined before it returns.
 """
 
 from __future__ import annotations

@@ -48,13 +48,13 @@ _MODEST_RATES = {
 class Sample:
     """One thing that was timed.
 
-    side: who worked: "gpu", "cpu", "h2d", "d2h", "disk"; "fixed": what takes time whatever its size. op: of gpu and
-    cpu an op as tick lists name it, or "*" for any; of h2d and d2h "copy", or "gather" (the GPU reads scattered locked memory
-    itself); of disk "read", of large parts of the model's file past the page cache, which is there only where the
-    file system allows such reads; of fixed "launch", "graph_node", "flag" (half of a round trip between GPU and CPU), "pass" (its start and
-    last wait) or "copy" (to issue one). fmt: of weights or cache. n_tok: rows that the op works on. bytes: moved
-    through that side's memory, or over the bus. seconds: the median. threads: of the CPU; 0: as many as there are.
-    load: what else ran. extrapolated: the run was cut short and scaled."""
+    side: who worked: "gpu", "cpu", "h2d", "d2h", "disk"; "fixed": what takes time whatever its size. op: of gpu and cpu
+    an op as tick lists name it, or "*" for any; of h2d and d2h "copy", or "gather" (the GPU reads scattered locked
+    memory itself); of disk "read", of large parts of the model's file past the page cache, which is there only where
+    the file system allows such reads; of fixed "launch", "graph_node", "flag" (half of a round trip between GPU and
+    CPU), "pass" (its start and last wait) or "copy" (to issue one). fmt: of weights or cache. n_tok: rows that the op
+    works on. bytes: moved through that side's memory, or over the bus. seconds: the median. threads: of the CPU; 0: as
+    many as there are. load: what else ran. extrapolated: the run was cut short and scaled."""
 
     side: str
     op: str

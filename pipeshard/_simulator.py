@@ -374,6 +374,8 @@ class Simulator:
         """(TTFT, TPS) that no placement under the budget beats: what is needed and does not fit crosses the bus or is
         read by the CPU, both at once at their measured rates; what fits is read by the GPU; FLOPs are done by both."""
         h2d, (vram, gpu), (dram, cpu) = self.rates("h2d")[0], self.rates("vram"), self.rates("cpu")
+        if self.device == "host":  # everything is the CPU's
+            budget_bytes, h2d, gpu = 0, 0.0, 0.0
         fixed = self.cost.seconds("pass", Shape(), "fixed")
 
         def bound(n_tok: int, flops: int, unasked: tuple[str, ...]) -> float:

@@ -169,6 +169,11 @@ class _Bus:
         self._seconds = np.array([best[size] for size in sizes])
 
     @property
+    def least(self) -> tuple[float, float]:
+        """Bytes and seconds of the smallest that was timed."""
+        return float(self._bytes[0]), float(self._seconds[0])
+
+    @property
     def rate(self) -> float:
         """Bytes a second of large copies."""
         if len(self._bytes) < 2:
@@ -245,7 +250,12 @@ class Roofline:
         if place == "h2d" or place == "d2h":
             bus = self._bus.get(place)
             if op == "gather" and self._gather is not None:
-                return self._gather.seconds(shape.bytes)
+                least, seconds = self._gather.least
+                if shape.bytes >= least:
+                    return self._gather.seconds(shape.bytes)
+                # Smaller than any that was timed: an op that reads what others hand over.
+                start = min(self._gpu.roof.start if self._gpu else 0.0, seconds)
+                return start + (seconds - start) * shape.bytes / least
             if bus is None:
                 return 0.0
             if op == "gather":  # as an op that starts like others and reads at the bus's rate

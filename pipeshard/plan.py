@@ -180,9 +180,9 @@ class Plan:
             head += [
                 f"  {kind:<8} {format_bytes(n):>12}" for kind, n in self.bytes.items() if n > 0
             ]
-            head += _predicted_lines(self.predicted)
         else:
             head.append("no accelerator: everything is computed by the CPU")
+        head += _predicted_lines(self.predicted)
         return "\n".join([*head, *self._place_table()])
 
     def _place_table(self) -> list[str]:

@@ -77,13 +77,18 @@ def make_plan(
     n_gen: int = N_GEN,
 ) -> tuple[Plan, _core.Plan]:
     """The policy's plan, and the same bound to the model. BudgetError where its placement does not fit, PlanError where
-    it breaks a rule or the policy itself fails. On a device without memory of its own nobody is asked."""
+    it breaks a rule or the policy itself fails. On a device without memory of its own nobody is asked, and nothing is
+    predicted without a simulator."""
+    if not machine.accelerator:
+        task = _Task(model, machine, wishes, simulator, threads)
+        draft, core = task.host_plan()
+        if simulator is None:
+            return draft, core
+        return replace(draft, predicted=task.predict(draft, core, n_prompt, n_gen)), core
     if simulator is None:
         kind = "cuda" if _core.cuda_status()[0] else "emu"
         simulator = Simulator(default_profile(kind), threads=threads)
     task = _Task(model, machine, wishes, simulator, threads)
-    if not machine.accelerator:
-        return task.host_plan()
     draft = task.ask_policy(policy)
     core = draft.bind(model)
     predicted = {"policy": sched_policies.name_of(policy)}
@@ -301,6 +306,8 @@ class _Task:
     def _with_more(self, draft: Plan) -> Plan | None:
         """The same with the most valuable of what is not resident, as much as so many more bytes hold."""
         tables = list({id(units): units for units in draft.places.values()}.values())
+        if not self.machine.accelerator:
+            return None
         away = [
             unit
             for unit in self.model.units

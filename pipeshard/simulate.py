@@ -54,9 +54,10 @@ def simulate(
     """What an engine with these arguments is predicted to take for a prompt of n_prompt tokens and n_gen behind it: a
     Prediction, or of a list of budgets a list of them.
 
-    profile: one, its file, or the name of one that comes with pipeshard; an EmuDevice stands for its clock; None: that
-    of this machine's GPU, measured once and kept, or where there is none of the emulated one; False: without measuring.
-    cost: makes the cost model from the profile's samples and the number of threads."""
+    vram: of no account where the profile is of a machine without a GPU. profile: one, its file, or the name of one that
+    comes with pipeshard; an EmuDevice stands for its clock; None: that of this machine's GPU, measured once, or
+    where there is none of the emulated one; False: without measuring. cost: makes the cost model from the profile's
+    samples and the number of threads."""
     budgets = _budgets(vram)
     opened = model if isinstance(model, Model) else Model(model)
     n_threads = 0 if threads is None else check_int("threads", threads, 1, 4096)
@@ -93,7 +94,7 @@ def machine_of(profile: Profile) -> Machine:
     sm = profile.machine.get("sm", 90)
     is_emu = profile.machine.get("device") == "emu"
     return Machine(
-        accelerator=True,
+        accelerator=profile.machine.get("device") != "host",
         sm=sm if isinstance(sm, int) and sm > 0 else 90,
         graph_reserve_bytes=0 if is_emu else _GRAPH_RESERVE_BYTES,
     )

@@ -89,6 +89,8 @@ def run(options: argparse.Namespace) -> int:
                 raise
             found = error
         rows.append((budget, found))
+        if isinstance(found, Prediction) and not found.plan.accelerator:
+            break  # without a GPU budgets make no difference
     if options.out is not None:
         _save(rows, options.out)
     for line in _json(rows) if options.json else _text(model, rows, options.explain):

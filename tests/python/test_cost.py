@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from pipeshard._profile import Sample, default_profile
+from pipeshard._profile import ANY_OP, Sample, default_profile
 from pipeshard.cost import Shape, fit
 
 RATES = {
@@ -101,6 +101,17 @@ def test_load_slows_down() -> None:
         1.25 * model.seconds("copy", Shape(bytes=1 << 20), "h2d")
     )
     assert model.seconds("matmul", shape, "cpu", "d2h") == pytest.approx(0.001)
+
+
+def test_gathers_smaller_than_any_that_was_timed() -> None:
+    """What 2 MB take says nothing of how long a hand-over of 8 KB is: that it takes as long as starting an op does."""
+    timed = ((2_000_000, 53e-6), (20_000_000, 410e-6))
+    gathers = [Sample("h2d", "gather", None, 1, 0, n, s) for n, s in timed]
+    start = Sample("gpu", ANY_OP, None, 0, 0, 0, 3e-6)
+    model = fit([*gathers, start])
+    assert model.seconds("gather", Shape(bytes=2_000_000), "h2d") == pytest.approx(53e-6)
+    assert model.seconds("gather", Shape(bytes=8192), "h2d") == pytest.approx(3e-6, rel=0.1)
+    assert model.seconds("gather", Shape(bytes=1_000_000), "h2d") == pytest.approx(28e-6, rel=0.01)
 
 
 def test_copies_between_sizes_and_beyond() -> None:

@@ -249,6 +249,22 @@ def test_fewer_threads_are_slower(hollow: Any, server: Profile) -> None:
     assert tps[0] < tps[1] < tps[2] < tps[3] == tps[4]
 
 
+def test_a_machine_without_a_gpu(hollow: Any) -> None:
+    """Its CPU reads what a token needs, whatever the budget."""
+    model = hollow("Qwen3-4B", layers=4)
+    cpu = [
+        s for s in rates_profile(SERVER, source="measured", machine={}).samples if s.side == "cpu"
+    ]
+    profile = Profile("measured", {"device": "host", "cpu": "x"}, None, tuple(cpu))
+    found = ps.simulate(model, vram=[0, "1GiB"], profile=profile, n_ctx=512, n_prompt=256)
+    needed = sum(unit.n_bytes for unit in model.units if unit.kind != "embed")
+    for run in found:
+        assert not run.plan.accelerator
+        assert run.tps == pytest.approx(SERVER["dram_bytes_per_s"] / needed, rel=0.1)
+        assert run.tps <= run.bound_tps * 1.01
+        assert "TPS" in run.plan.explain()
+
+
 # ---- what slows each other down ----
 
 
