@@ -430,6 +430,8 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
     if (status != PS_OK) {
         if (status == PS_EFATAL) x->lost = true;
         drain(x);
+        x->tables_of = NULL; /* their copy may have been dropped, too */
+        x->tables_torn = x->const_staging != NULL;
         atomic_store(&x->cancelled, false);
         return status;
     }

@@ -443,6 +443,50 @@ PS_TEST(sequences_do_not_disturb_each_other)
     close_rig(&r);
 }
 
+/* Nothing that a cancelled pass was to copy can be relied on, whichever pass comes next. */
+PS_TEST(a_cancelled_pass_is_made_up_for)
+{
+    setup s = {.file = "qwen3moe.q4_k_m.gguf",
+        .device = "emu",
+        .seed = 4,
+        .n_slots = 3,
+        .slot_bytes = 512 << 10,
+        .chunk_tok = 16};
+    rig r;
+    ps_err err = {0};
+    int32_t tokens[N_TOK];
+    PS_CHECK_STATUS(open_rig(&s, &r, &err), PS_OK);
+    if (r.engine != NULL) {
+        uint32_t v = r.model->hp.n_vocab;
+        float *want = ps_alloc(2ull * v, sizeof *want);
+        make_tokens(tokens, v);
+        for (int round = 0; round < 3; round++) {
+            bool prompt_first = round == 1, cancels = round > 0;
+            ps_test_case("round %d", round);
+            PS_CHECK_STATUS(ps_engine_truncate(r.engine, 0, 0, &err), PS_OK);
+            if (cancels) ps_engine_cancel(r.engine);
+            ps_status status = ps_engine_append(r.engine, 0, tokens, 20, NULL, &(ps_err){0});
+            PS_CHECK_STATUS(status, cancels ? PS_ECANCELLED : PS_OK);
+            if (cancels && !prompt_first) {
+                PS_CHECK_STATUS(ps_engine_append(r.engine, 1, tokens, 1, NULL, &err), PS_OK);
+                PS_CHECK_STATUS(ps_engine_truncate(r.engine, 1, 0, &err), PS_OK);
+            }
+            if (cancels)
+                PS_CHECK_STATUS(ps_engine_append(r.engine, 0, tokens, 20, NULL, &err), PS_OK);
+            const float *got = ps_engine_logits(r.engine);
+            if (!cancels) memcpy(want, got, v * sizeof *want);
+            PS_CHECK(memcmp(got, want, v * sizeof *want) == 0);
+            PS_CHECK_STATUS(ps_engine_append(r.engine, 0, tokens + 20, 1, NULL, &err), PS_OK);
+            got = ps_engine_logits(r.engine);
+            if (!cancels) memcpy(want + v, got, v * sizeof *want);
+            PS_CHECK(memcmp(got, want + v, v * sizeof *want) == 0);
+        }
+        ps_free(want);
+    }
+    close_rig(&r);
+    ps_test_case("%s", "");
+}
+
 PS_TEST(bad_requests_change_nothing)
 {
     setup s = {.file = "llama.q4_k_m.gguf", .device = "host", .chunk_tok = 16};
