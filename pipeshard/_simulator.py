@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -56,6 +56,30 @@ class _Priced:
 
     ticks: npt.NDArray[np.void]
     seconds: npt.NDArray[np.float64]
+
+
+def _added(parts: Sequence[PassTime]) -> PassTime:
+    """Passes behind each other."""
+    if len(parts) == 1:
+        return parts[0]
+    return PassTime(
+        sum(part.seconds for part in parts),
+        {name: sum(part.held[name] for part in parts) for name in parts[0].held},
+        {name: sum(part.busy[name] for part in parts) for name in parts[0].busy},
+        sum(part.flops for part in parts),
+    )
+
+
+def _weighed(parts: Sequence[PassTime], weights: Sequence[int]) -> PassTime:
+    """The mean of so many passes of each kind, which do the same work."""
+    shares = [weight / sum(weights) for weight in weights]
+    pairs = list(zip(parts, shares, strict=True))
+    return PassTime(
+        sum(part.seconds * share for part, share in pairs),
+        {name: sum(part.held[name] * share for part, share in pairs) for name in parts[0].held},
+        {name: sum(part.busy[name] * share for part, share in pairs) for name in parts[0].busy},
+        parts[0].flops,
+    )
 
 
 class _Busy:
@@ -135,11 +159,21 @@ class Simulator:
     # ---- one pass ----
 
     def run_pass(
-        self, core: _core.Plan, n_tok: int, *, n_out: int = 1, first: int = 0, n_kv: int = 0
+        self,
+        core: _core.Plan,
+        n_tok: int,
+        *,
+        n_out: int = 1,
+        first: int = 0,
+        n_kv: int = 0,
+        held: int = -1,
     ) -> PassTime:
-        """n_tok tokens behind `first` others; n_kv: keys in all where they are of several sequences."""
+        """n_tok tokens behind `first` others; n_kv: keys in all where they are of several sequences; held: the
+        residency that VRAM holds before the pass, -1: the pass's own."""
         max_kv = n_kv or first + n_tok
-        graph = n_tok <= GRAPH_TOK and self.sources is None  # filling slots is no part of one
+        # Filling slots is no part of a graph, nor is bringing residents in.
+        graph = n_tok <= GRAPH_TOK and self.sources is None
+        graph = graph and (held < 0 or core.held_after(held, n_tok) == held)
         fill = 1.0 if self.is_virtual else self._fill(core, n_tok, max_kv)
         priced: list[_Priced] = []
 
@@ -154,7 +188,7 @@ class Simulator:
             return _as_ns(slower)
 
         known = {} if self.sources is None else {"sources": self.sources.units}
-        span = core.walk(n_tok, n_out, max_kv, first, price, **known)
+        span = core.walk(n_tok, n_out, max_kv, first, price, held, **known)
         return self._finish(priced[0].ticks, span, graph)
 
     @staticmethod
@@ -320,29 +354,35 @@ class Simulator:
         first: int = 0,
     ) -> tuple[PassTime, PassTime]:
         """The prompt's passes in one, and a decode pass at the depth of the middle of the answer. first: tokens of the
-        prompt that are cached."""
+        prompt that are cached. Where tiers have residents of their own, the prompt's include bringing in what the last
+        answer's did not have, and decode a share of the way back, which is part of the first token behind a prompt."""
         n_rest = max(1, min(n_prompt, n_ctx) - first)
-        prompt = self._prompt(core, n_rest, first)
+        steps = self._steps(core, n_rest)
+        held = 0
+        for n_tok in (*steps, n_seq):  # what a run like this leaves to the next
+            held = core.held_after(held, n_tok)
+        parts = []
+        for i, n_tok in enumerate(steps):
+            parts.append(self.run_pass(core, n_tok, first=first + i * steps[0], held=held))
+            held = core.held_after(held, n_tok)
         depth = min(n_ctx, n_prompt + max(1, n_gen // 2))
-        decode = self.run_pass(core, n_seq, n_out=n_seq, first=max(0, depth - n_seq), n_kv=depth)
-        return prompt, decode
 
-    def _prompt(self, core: _core.Plan, n_rest: int, first: int) -> PassTime:
-        """As the engine cuts it: passes of one size."""
+        def decode(held: int) -> PassTime:
+            at = max(0, depth - n_seq)
+            return self.run_pass(core, n_seq, n_out=n_seq, first=at, n_kv=depth, held=held)
+
+        token = decode(-1)
+        if core.held_after(held, n_seq) != held:
+            others = n_gen - 2  # the first token is the prompt's, the second brings the residents
+            token = _weighed((decode(held), token), (1, max(0, others)))
+        return _added(parts), token
+
+    @staticmethod
+    def _steps(core: _core.Plan, n_rest: int) -> list[int]:
+        """As the engine cuts a prompt: passes of one size."""
         pass_tok = core.sizes[1]
         step = -(-n_rest // -(-n_rest // pass_tok))
-        parts = [
-            self.run_pass(core, min(step, n_rest - done), first=first + done)
-            for done in range(0, n_rest, step)
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return PassTime(
-            sum(part.seconds for part in parts),
-            {name: sum(part.held[name] for part in parts) for name in parts[0].held},
-            {name: sum(part.busy[name] for part in parts) for name in parts[0].busy},
-            sum(part.flops for part in parts),
-        )
+        return [min(step, n_rest - done) for done in range(0, n_rest, step)]
 
     # ---- rates ----
 

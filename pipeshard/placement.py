@@ -85,10 +85,12 @@ def _frozen_places(
 class Placement:
     """What a policy decides: for every tier the place of every unit, and how streaming is to go.
 
-    `kv_vram_tok`: of each layer, the newest tokens of a sequence whose KV stays in VRAM, in whole pages of 64 and one
-    page more; older ones are in host memory. None: all, where attention is on the GPU. Where attention is on the CPU in
-    some tier, none. `why`: for people, by unit. `chunk_tok`, `pass_tok`: most tokens of one op and of one pass; 0: as
-    many as the planner finds room for."""
+    `kv_vram_tok`: of each layer, the newest tokens of a sequence whose KV stays in VRAM, in whole pages of 64 and
+    one page more; older ones are in host memory. None: all, where attention is on the GPU. Where attention is on
+    the CPU in some tier, none. `per_tier_residency`: units may be resident in some tiers and not in others (or be
+    split elsewhere); all tiers' residents share one stretch of VRAM, as large as the largest set, and a pass first
+    uploads what of its tier's the last pass has not left there. `why`: for people, by unit. `chunk_tok`,
+    `pass_tok`: most tokens of one op and of one pass; 0: as many as the planner finds room for."""
 
     places: Mapping[str, Mapping[str, Place]]
     kv_vram_tok: Mapping[int, int] | None = None

@@ -98,6 +98,7 @@ class Plan:
             pass_tok=self.pass_tok,
             logit_rows=self.logit_rows,
             graph_reserve_bytes=self.graph_reserve_bytes,
+            per_tier_residency=self.placement.per_tier_residency,
         )
 
     # ---- as data ----
@@ -180,6 +181,8 @@ class Plan:
             head += [
                 f"  {kind:<8} {format_bytes(n):>12}" for kind, n in self.bytes.items() if n > 0
             ]
+            if self.placement.per_tier_residency:
+                head.append("tiers have residents of their own: a pass first uploads what it lacks")
         else:
             head.append("no accelerator: everything is computed by the CPU")
         head += _predicted_lines(self.predicted)

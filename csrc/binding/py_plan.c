@@ -7,6 +7,7 @@
  */
 #include "binding/py_ticks.h"
 
+#include <limits.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -132,16 +133,17 @@ static int parse(PyObject *args, PyObject *kwargs, const py_state *state, plan_a
 {
     static const char *const names[] = {"model", "tiers", "kinds", "shares", "kv_vram_tok",
         "accelerator", "sm", "budget_bytes", "n_ctx", "n_seq", "kv", "n_slots", "slot_bytes",
-        "chunk_tok", "pass_tok", "logit_rows", "graph_reserve_bytes", NULL};
-    int accelerator = 0;
+        "chunk_tok", "pass_tok", "logit_rows", "graph_reserve_bytes", "per_tier_residency", NULL};
+    int accelerator = 0, per_tier_residency = 0;
     ps_plan_spec *s = &a->spec;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO$OOpiO&O&O&sO&O&O&O&O&O&", (char **)names,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO$OOpiO&O&O&sO&O&O&O&O&O&p", (char **)names,
             state->model_type, &a->model, &a->tiers, &a->kinds, &a->shares, &a->kv_vram_tok,
             &accelerator, &s->sm, py_to_u64, &s->budget_bytes, py_to_u32, &s->n_ctx, py_to_u32,
             &s->n_seq, &a->kv, py_to_u32, &s->n_slots, py_to_u64, &s->slot_bytes, py_to_u32,
             &s->chunk_tok, py_to_u32, &s->pass_tok, py_to_u32, &s->logit_rows, py_to_u64,
-            &s->graph_reserve_bytes))
+            &s->graph_reserve_bytes, &per_tier_residency))
         return -1;
+    s->per_tier_residency = per_tier_residency != 0;
     s->accelerator = accelerator != 0;
     if (parse_kv(a, state) < 0 || parse_tiers(a) < 0) return -1;
     return parse_places(a, state);
@@ -194,13 +196,14 @@ static ps_status lower(
 
 static PyObject *lower_call(PyObject *self, PyObject *args, PyObject *kwargs, bool want_text)
 {
-    static const char *const names[] = {"n_tok", "n_out", "max_kv", NULL};
+    static const char *const names[] = {"n_tok", "n_out", "max_kv", "held", NULL};
     const ps_plan *core = py_plan_get(self);
     py_state *state = py_state_of(self);
     ps_pass_shape shape = {.n_out = 1};
+    int held = PY_HELD_ALL;
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&|O&O&", (char **)names, py_to_u32,
-            &shape.n_tok, py_to_u32, &shape.n_out, py_to_u32, &shape.max_kv))
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&|O&O&i", (char **)names, py_to_u32,
+            &shape.n_tok, py_to_u32, &shape.n_out, py_to_u32, &shape.max_kv, &held))
         return NULL;
     if (shape.max_kv == 0) shape.max_kv = core->max_pages * PS_KV_PAGE_TOK;
     if (shape.n_tok == 0 || shape.n_tok > core->spec.pass_tok || shape.n_out > shape.n_tok ||
@@ -209,6 +212,7 @@ static PyObject *lower_call(PyObject *self, PyObject *args, PyObject *kwargs, bo
         return NULL;
     }
     shape.tier = ps_plan_tier(core, shape.n_tok);
+    if (py_plan_find(core, held, &shape) < 0) return NULL;
     ps_err err = {0};
     ps_status status;
     lowered out = {0};
@@ -228,16 +232,17 @@ static PyObject *lower_call(PyObject *self, PyObject *args, PyObject *kwargs, bo
 }
 
 PyDoc_STRVAR(lower_doc,
-    "lower(n_tok, n_out=1, max_kv=n_ctx) -> str\n\nThe ticks of such a pass, one a line.");
+    "lower(n_tok, n_out=1, max_kv=n_ctx, held=-1) -> str\n\nThe ticks of such a pass, one a "
+    "line; where VRAM holds that residency before it (-1: what the pass wants).");
 
 static PyObject *plan_lower(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     return lower_call(self, args, kwargs, true);
 }
 
-PyDoc_STRVAR(check_doc,
-    "check(n_tok, n_out=1, max_kv=n_ctx) -> int\n\nLower such a pass, prove it free of races and "
-    "return its number of ticks.");
+PyDoc_STRVAR(check_doc, "check(n_tok, n_out=1, max_kv=n_ctx, held=-1) -> int\n\nLower such a pass, "
+                        "prove it free of races and "
+                        "return its number of ticks.");
 
 static PyObject *plan_check(PyObject *self, PyObject *args, PyObject *kwargs)
 {
@@ -245,16 +250,34 @@ static PyObject *plan_check(PyObject *self, PyObject *args, PyObject *kwargs)
 }
 
 PyDoc_STRVAR(ticks_doc,
-    "ticks(n_tok, n_out=1, max_kv=n_ctx, first=0) -> array\n\nThe ticks of such a pass behind "
+    "ticks(n_tok, n_out=1, max_kv=n_ctx, first=0, held=-1) -> array\n\nThe ticks of such a pass "
+    "behind "
     "`first` others, as the executor runs them: kind, stream, op and fmt (see tick_names), unit, "
     "and what there is to do.");
 
 PyDoc_STRVAR(walk_doc,
-    "walk(n_tok, n_out, max_kv, first, price, sources=...) -> dict\n\nHow long the pass of ticks() "
+    "walk(n_tok, n_out, max_kv, first, price, held=-1, sources=...) -> dict\n\nHow long the pass "
+    "of ticks() "
     "takes if each "
     "tick takes as many nanoseconds (an array of uint64) as price(ticks, None) says. It is then "
     "asked price(ticks, span), by what that walk found, until it returns None. sources: an "
     "engine's;\nelse as where all host memory is page-locked.");
+
+PyDoc_STRVAR(held_after_doc,
+    "held_after(held, n_tok) -> int\n\nThe residency that VRAM holds behind a pass of so many "
+    "tokens, where it held this one before; 0 from open on, n_residencies behind a pass that "
+    "failed while it brought residents in.");
+
+static PyObject *plan_held_after(PyObject *self, PyObject *args)
+{
+    const ps_plan *core = py_plan_get(self);
+    ps_pass_shape shape = {0};
+    ps_residency held = 0;
+    if (!PyArg_ParseTuple(args, "O&O&", py_to_u32, &held, py_to_u32, &shape.n_tok)) return NULL;
+    shape.tier = ps_plan_tier(core, shape.n_tok);
+    if (py_plan_find(core, (int)ps_min_u64(held, INT_MAX), &shape) < 0) return NULL;
+    return PyLong_FromUnsignedLong(ps_plan_held_after(core, held, shape.tier));
+}
 
 PyDoc_STRVAR(tick_names_doc,
     "tick_names() -> tuple\n\nNames by number of a tick's kinds, streams, ops and formats.");
@@ -311,21 +334,27 @@ static PyObject *plan_homes(PyObject *self, void *unused)
     PyObject *list = PyList_New(n_units);
     for (uint32_t i = 0; list != NULL && i < n_units; i++) {
         const ps_unit *u = &p->model->units[i];
-        ps_unit_home h = p->homes[i];
+        uint64_t at = ps_plan_resident_at(p, 0, i);
+        bool host = p->homes[i].host;
         for (uint32_t j = u->first_part + 1; j < u->first_part + u->n_parts; j++) {
-            h.dev_offset = ps_min_u64(h.dev_offset, p->homes[j].dev_offset);
-            h.host = h.host || p->homes[j].host;
+            at = ps_min_u64(at, ps_plan_resident_at(p, 0, j));
+            host = host || p->homes[j].host;
         }
         PyObject *home = Py_BuildValue("(NN)",
-            h.dev_offset != UINT64_MAX ? PyLong_FromUnsignedLongLong(h.dev_offset)
-                                       : Py_NewRef(Py_None),
-            PyBool_FromLong(h.host));
+            at != UINT64_MAX ? PyLong_FromUnsignedLongLong(at) : Py_NewRef(Py_None),
+            PyBool_FromLong(host));
         if (home == NULL)
             Py_CLEAR(list);
         else
             PyList_SET_ITEM(list, i, home);
     }
     return list;
+}
+
+static PyObject *plan_n_residencies(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLong(py_plan_get(self)->n_residencies);
 }
 
 static PyObject *plan_sizes(PyObject *self, void *unused)
@@ -367,6 +396,7 @@ static PyMethodDef METHODS[] = {
     {"check", (PyCFunction)(void (*)(void))plan_check, METH_VARARGS | METH_KEYWORDS, check_doc},
     {"ticks", (PyCFunction)(void (*)(void))py_plan_ticks, METH_VARARGS | METH_KEYWORDS, ticks_doc},
     {"walk", (PyCFunction)(void (*)(void))py_plan_walk, METH_VARARGS | METH_KEYWORDS, walk_doc},
+    {"held_after", plan_held_after, METH_VARARGS, held_after_doc},
     {"tick_names", py_plan_tick_names, METH_NOARGS | METH_STATIC, tick_names_doc},
     {NULL, NULL, 0, NULL},
 };
@@ -378,8 +408,11 @@ static PyGetSetDef GETTERS[] = {
     {"bytes_by_kind", plan_bytes_by_kind, NULL, "of VRAM; sums to needed_bytes", NULL},
     {"space_bytes", plan_space_bytes, NULL, "of each memory space, host ones too", NULL},
     {"homes", plan_homes, NULL,
-        "(offset in VRAM or None, needs host memory) of each unit, of what a split one has there",
+        "(offset in VRAM or None, needs host memory) of each unit, of what a split one has there; "
+        "in "
+        "the first tier",
         NULL},
+    {"n_residencies", plan_n_residencies, NULL, "sets of residents that tiers have", NULL},
     {"sizes", plan_sizes, NULL, "(chunk_tok, pass_tok, logit_rows)", NULL},
     {"uses", plan_uses, NULL, "whether anything computes on (device, CPU)", NULL},
     {NULL, NULL, NULL, NULL, NULL},
@@ -387,7 +420,8 @@ static PyGetSetDef GETTERS[] = {
 
 PyDoc_STRVAR(plan_doc,
     "Plan(model, tiers, kinds, *, shares, kv_vram_tok, accelerator, sm, budget_bytes, n_ctx, "
-    "n_seq,\n     kv, n_slots, slot_bytes, chunk_tok, pass_tok, logit_rows, graph_reserve_bytes)\n"
+    "n_seq,\n     kv, n_slots, slot_bytes, chunk_tok, pass_tok, logit_rows, graph_reserve_bytes, "
+    "per_tier_residency)\n"
     "\nkinds: uint8 [tiers][units], 0 cpu, 1 vram, 2 stream, 3 split; shares: float32 "
     "[tiers][units][2]\nor None. PlanError where a rule is broken, BudgetError where it does not "
     "fit.");

@@ -37,7 +37,20 @@ static PyArray_Descr *row_type(void)
 
 typedef struct pass_args {
     uint32_t n_tok, n_out, max_kv, first;
+    int held;
 } pass_args;
+
+int py_plan_find(const ps_plan *core, int held, ps_pass_shape *shape)
+{
+    if (held == PY_HELD_ALL) return 0;
+    if (held < 0 || (uint32_t)held > core->n_residencies) {
+        PyErr_Format(PyExc_ValueError, "held is %d; this plan has %u residencies", held,
+            core->n_residencies);
+        return -1;
+    }
+    shape->found = ps_plan_found(core, (ps_residency)held, shape->tier);
+    return 0;
+}
 
 /* As the executor would run it: prompts of plans that keep KV in host memory are staged. */
 static int find_shape(const ps_plan *core, const pass_args *a, ps_pass_shape *shape)
@@ -59,7 +72,7 @@ static int find_shape(const ps_plan *core, const pass_args *a, ps_pass_shape *sh
     } else {
         shape->far = ps_pass_far(core, a->n_tok, max_kv);
     }
-    return 0;
+    return py_plan_find(core, a->held, shape);
 }
 
 static ps_status lower(const ps_plan *core, const ps_pass_shape *shape, ps_ticks **out, ps_err *err)
@@ -107,16 +120,16 @@ static PyObject *array_of(const ps_ticks *t)
 
 PyObject *py_plan_ticks(PyObject *self, PyObject *args, PyObject *kwargs)
 {
-    static const char *const names[] = {"n_tok", "n_out", "max_kv", "first", NULL};
+    static const char *const names[] = {"n_tok", "n_out", "max_kv", "first", "held", NULL};
     const ps_plan *core = py_plan_get(self);
     py_state *state = py_state_of(self);
-    pass_args a = {.n_out = 1};
+    pass_args a = {.n_out = 1, .held = PY_HELD_ALL};
     ps_pass_shape shape;
     ps_ticks *ticks = NULL;
     ps_err err = {0};
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&|O&O&O&", (char **)names, py_to_u32, &a.n_tok,
-            py_to_u32, &a.n_out, py_to_u32, &a.max_kv, py_to_u32, &a.first) ||
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&|O&O&O&i", (char **)names, py_to_u32,
+            &a.n_tok, py_to_u32, &a.n_out, py_to_u32, &a.max_kv, py_to_u32, &a.first, &a.held) ||
         find_shape(core, &a, &shape) < 0)
         return NULL;
     if (lower(core, &shape, &ticks, &err) != PS_OK) return py_raise(state, &err);
@@ -220,19 +233,19 @@ static bool *find_mapped(const ps_plan *core, PyObject *sources)
 PyObject *py_plan_walk(PyObject *self, PyObject *args, PyObject *kwargs)
 {
     static const char *const names[] = {
-        "n_tok", "n_out", "max_kv", "first", "price", "sources", NULL};
+        "n_tok", "n_out", "max_kv", "first", "price", "held", "sources", NULL};
     const ps_plan *core = py_plan_get(self);
     py_state *state = py_state_of(self);
-    pass_args a = {0};
+    pass_args a = {.held = PY_HELD_ALL};
     PyObject *price = NULL, *sources = NULL;
     bool *mapped = NULL;
     ps_pass_shape shape;
     ps_ticks *ticks = NULL;
     ps_err err = {0};
     if (state == NULL ||
-        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&O|S", (char **)names, py_to_u32,
+        !PyArg_ParseTupleAndKeywords(args, kwargs, "O&O&O&O&O|iS", (char **)names, py_to_u32,
             &a.n_tok, py_to_u32, &a.n_out, py_to_u32, &a.max_kv, py_to_u32, &a.first, &price,
-            &sources) ||
+            &a.held, &sources) ||
         find_shape(core, &a, &shape) < 0)
         return NULL;
     if (sources != NULL && (mapped = find_mapped(core, sources)) == NULL) return NULL;

@@ -12,6 +12,8 @@ typedef struct clock_t4 {
     uint32_t at[PS_STREAM_COUNT]; /* steps of each stream known to be done */
 } clock_t4;
 
+enum { THERE_BEFORE = -2 }; /* as the writer of an interval: no tick, but somebody */
+
 typedef struct checker {
     const ps_ticks *ticks;
     clock_t4 now[PS_STREAM_COUNT];
@@ -72,7 +74,7 @@ static void check_slot(checker *c, const ps_interval *piece)
 static void on_piece(void *ctx, const ps_interval *piece)
 {
     checker *c = ctx;
-    if (c->needs_content && piece->writer < 0 && c->status == PS_OK) {
+    if (c->needs_content && piece->writer == -1 && c->status == PS_OK) {
         char a[128];
         describe(c->ticks, c->i_tick, a, sizeof a);
         c->status =
@@ -123,15 +125,16 @@ static ps_status check_step(checker *c)
         if (status != PS_OK) return status;
         ranges[j].ref = ps_ref_canonical(ranges[j].ref);
         ps_space space = ps_ref_space(ranges[j].ref);
-        if (!ps_space_is_tracked(space)) continue;
+        if (!ps_pass_tracks(&c->ticks->shape, space)) continue;
         uint64_t from = ps_ref_offset(ranges[j].ref);
         bool read = (ranges[j].access & PS_READ) != 0;
         c->write = (ranges[j].access & PS_WRITE) != 0;
         c->ref = ranges[j].ref;
-        /* Activations live for one pass: reading what the pass has not written is reading rubbish.
-         */
-        c->needs_content = read && (space == PS_SPACE_DEV_ACT || space == PS_SPACE_HOST_ACT ||
-                                       space == PS_SPACE_DEV_BATCH);
+        /* Activations live for one pass: reading what the pass has not written is reading rubbish,
+         * and so is reading residents that were neither there nor brought in. */
+        c->needs_content =
+            read && (space == PS_SPACE_DEV_ACT || space == PS_SPACE_HOST_ACT ||
+                        space == PS_SPACE_DEV_BATCH || space == PS_SPACE_DEV_WEIGHTS);
         if (ps_intervals_touch(&c->sets[space], from, from + ranges[j].n_bytes, c->write, c->stream,
                 (int32_t)c->i_tick, on_piece, c) != PS_OK)
             return ps_fail(c->err, PS_ENOMEM, "no host memory to check a plan");
@@ -175,8 +178,33 @@ static ps_status check_sync(checker *c, const ps_tick *k)
     return PS_OK;
 }
 
+static void ignore(void *ctx, const ps_interval *piece)
+{
+    (void)ctx;
+    (void)piece;
+}
+
+/* Residents that the pass finds, and what lies between units, which ranges over several span. */
+static ps_status mark_found(checker *c)
+{
+    const ps_plan *p = c->ticks->plan;
+    const ps_pass_shape *shape = &c->ticks->shape;
+    for (uint32_t u = 0; u < p->model->n_units && shape->found != 0; u++) {
+        uint64_t at = ps_plan_resident_at(p, p->residency_of[shape->tier], u);
+        if (at == UINT64_MAX) continue;
+        uint64_t n_bytes = p->model->units[u].n_bytes,
+                 from = ps_plan_must_bring(p, shape->found, shape->tier, u) ? at + n_bytes : at;
+        uint64_t to = ps_div_up_u64(at + n_bytes, PS_ARENA_ALIGN) * PS_ARENA_ALIGN;
+        if (ps_intervals_touch(&c->sets[PS_SPACE_DEV_WEIGHTS], from, to, true, PS_STREAM_H2D,
+                THERE_BEFORE, ignore, NULL) != PS_OK)
+            return ps_fail(c->err, PS_ENOMEM, "no host memory to check a plan");
+    }
+    return PS_OK;
+}
+
 static ps_status run_check(checker *c)
 {
+    PS_TRY(mark_found(c));
     for (uint32_t i = 0; i < c->ticks->n_ticks; i++) {
         const ps_tick *k = &c->ticks->tick[i];
         c->i_tick = i;

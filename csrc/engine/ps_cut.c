@@ -12,7 +12,7 @@ typedef struct bounds {
     uint32_t vram, gpu;
 } bounds;
 
-enum { MAX_CUTS = PS_MAX_TIERS + 3 };
+enum { MAX_CUTS = 2 * PS_MAX_TIERS + 2 };
 
 /* Sums of shares that were decimal fractions may miss 1 by a little. */
 static const double SHARE_SLACK = 1e-6;
@@ -83,7 +83,7 @@ static ps_status settle_unit(ps_plan *p, uint32_t unit, bool *cut, ps_err *err)
     if (!split) return PS_OK;
     for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
         bounds b = bounds_in(p, t, unit);
-        if (b.vram != bounds_in(p, 0, unit).vram)
+        if (!p->spec.per_tier_residency && b.vram != bounds_in(p, 0, unit).vram)
             return ps_plan_refuse(
                 p, t, unit, err, "a unit's share of VRAM must be the same in all tiers");
         *cut = *cut || !is_end(u, b.vram) || !is_end(u, b.gpu);
@@ -104,8 +104,9 @@ static uint32_t find_cuts(const ps_plan *p, uint32_t unit, uint32_t cuts[MAX_CUT
     uint32_t n = 2;
     cuts[0] = 0;
     cuts[1] = p->model->units[unit].n_rows;
-    for (uint32_t i = 0; i <= p->spec.n_tiers; i++) {
-        uint32_t row = i == 0 ? bounds_in(p, 0, unit).vram : bounds_in(p, i - 1, unit).gpu, at = n;
+    for (uint32_t i = 0; i < 2 * p->spec.n_tiers; i++) {
+        bounds b = bounds_in(p, i / 2, unit);
+        uint32_t row = i % 2 == 0 ? b.vram : b.gpu, at = n;
         while (at > 0 && cuts[at - 1] > row) at--;
         if (cuts[at - 1] == row) continue; /* at > 0: nothing is below 0 */
         memmove(&cuts[at + 1], &cuts[at], (n - at) * sizeof *cuts);

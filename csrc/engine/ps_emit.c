@@ -179,7 +179,7 @@ static void add_step(ps_emitter *e, ps_tick tick, const ps_range *ranges, uint32
     for (int s = 0; s < PS_STREAM_COUNT; s++) e->need[s] = -1;
     for (uint32_t i = 0; i < n; i++) {
         ps_space space = ps_ref_space(ps_ref_canonical(ranges[i].ref));
-        if (!ps_space_is_tracked(space) || ranges[i].n_bytes == 0) continue;
+        if (!ps_pass_tracks(&e->ticks->shape, space) || ranges[i].n_bytes == 0) continue;
         uint64_t from = ps_ref_offset(ranges[i].ref);
         e->writing = (ranges[i].access & PS_WRITE) != 0;
         ps_intervals_look(&e->sets[space], from, from + ranges[i].n_bytes, found, e);
@@ -188,7 +188,7 @@ static void add_step(ps_emitter *e, ps_tick tick, const ps_range *ranges, uint32
     int32_t number = (int32_t)e->n_nodes;
     for (uint32_t i = 0; i < n && e->status == PS_OK; i++) {
         ps_space space = ps_ref_space(ps_ref_canonical(ranges[i].ref));
-        if (!ps_space_is_tracked(space) || ranges[i].n_bytes == 0) continue;
+        if (!ps_pass_tracks(&e->ticks->shape, space) || ranges[i].n_bytes == 0) continue;
         uint64_t from = ps_ref_offset(ranges[i].ref);
         bool write = (ranges[i].access & PS_WRITE) != 0;
         e->status = ps_intervals_touch(

@@ -41,7 +41,7 @@ static bool same_shape(const ps_pass_shape *a, const ps_pass_shape *b)
 {
     return a->tier == b->tier && a->n_tok == b->n_tok && a->n_out == b->n_out &&
            a->max_kv == b->max_kv && a->staged == b->staged && a->seq == b->seq &&
-           a->first == b->first && a->far == b->far;
+           a->first == b->first && a->far == b->far && a->found == b->found;
 }
 
 static ps_status grow_events(ps_exec *x, uint32_t n, ps_err *err)
@@ -275,7 +275,7 @@ static bool wants_graph(const ps_exec *x, const ps_bound *b)
     return x->options.graphs && cpu_part_fits(x, b) && b->graph[x->marking] == NULL &&
            !b->graph_failed[x->marking] && b->ticks->shape.n_tok <= GRAPH_MAX_TOK &&
            b->n_runs >= GRAPH_AFTER_RUNS && b->n_ticks_on[PS_STREAM_COMPUTE] > 0 &&
-           b->bounce_bytes == 0;
+           b->bounce_bytes == 0 && b->ticks->shape.found == 0;
 }
 
 /* The driver's memory for a graph counts against the reserve that the plan made for it. */
@@ -406,6 +406,7 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
         .max_kv = batch->max_kv,
         .far = batch->far,
         .mapped = x->mapped};
+    shape.found = ps_plan_found(x->plan, x->held, shape.tier);
     if (batch->one_sequence && ps_pass_is_staged(x->plan, batch->n_tok)) {
         shape.staged = true;
         shape.far = 0;
@@ -420,6 +421,7 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
         uint64_t start = ps_exec_clock_ns(x), wall_start = ps_clock_ns(), end = 0;
         fill_batch(x, b, batch);
         clear_flags(x, b);
+        if (shape.found > 0) x->held = x->plan->n_residencies; /* until all of it has come */
         status = enqueue_pass(x, b, err);
         if (status == PS_OK) status = wait_for(x, b, err);
         if (status == PS_OK) end = ps_exec_clock_ns(x); /* after a failure streams still run */
@@ -435,6 +437,7 @@ ps_status ps_exec_pass(ps_exec *x, const ps_batch *batch, const float **logits, 
         atomic_store(&x->cancelled, false);
         return status;
     }
+    if (shape.found > 0) x->held = x->plan->residency_of[shape.tier];
     b->n_runs++;
     b->last_used = ++x->stats.n_passes;
     x->stats.h2d_bytes += b->h2d_bytes;

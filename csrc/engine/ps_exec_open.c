@@ -203,10 +203,10 @@ static ps_status make_bounce(ps_exec *x, uint64_t n_bytes, ps_err *err)
 }
 
 /* Copies take only locked memory: lock images as far as the limit and the system allow; the others
- * bounce. Nothing is locked for a plan that streams nothing. */
+ * bounce. Nothing is locked for a plan whose passes copy none. */
 static ps_status lock_images(ps_exec *x, uint64_t bounce_bytes, ps_err *err)
 {
-    if (x->plan->space_bytes[PS_SPACE_DEV_RING] == 0) return PS_OK;
+    if (!ps_host_weights_streams(&x->weights)) return PS_OK;
     const ps_exec_options *o = &x->options;
     ps_host_weights *w = &x->weights;
     uint64_t reserved = FLAGS_BYTES + ps_max_u64(bounce_bytes, PS_BOUNCE_MIN_BYTES);

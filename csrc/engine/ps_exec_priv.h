@@ -41,6 +41,7 @@ struct ps_exec {
     bool *mapped;       /* owns; [n_units of the plan] those that have one; NULL: no ring */
     ps_bound *bound[CAP_BOUND]; /* owns */
     uint32_t n_bound;
+    ps_residency held;         /* what of DEV_WEIGHTS can be relied on */
     const ps_bound *tables_of; /* list whose expert tables the CONST spaces hold now */
     bool tables_torn; /* what the staging holds may not have reached the device: a copy failed */
     _Atomic bool cancelled;

@@ -12,6 +12,7 @@ enum {
 
 static bool copied_from_host(const ps_plan *p, uint32_t unit)
 {
+    if (ps_plan_comes_and_goes(p, unit)) return true;
     for (uint32_t t = 0; t < p->spec.n_tiers; t++)
         if (ps_plan_place(p, t, unit).kind == PS_PLACE_STREAM) return true;
     return false;
@@ -33,8 +34,10 @@ static bool may_stay_on_disk(const ps_plan *p, uint32_t unit)
     if (!p->homes[unit].host || (int32_t)unit == p->model->embed || u->kind == PS_UNIT_ROUTER ||
         u->kind == PS_UNIT_EMBED || u->n_rows == 0)
         return false;
-    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
-        if (ps_plan_place(p, t, unit).kind != PS_PLACE_STREAM) return false;
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
+        ps_place_kind kind = ps_plan_place(p, t, unit).kind;
+        if (kind != PS_PLACE_STREAM && kind != PS_PLACE_VRAM) return false;
+    }
     return true;
 }
 
@@ -155,6 +158,13 @@ bool ps_host_weights_needs_bounce(const ps_host_weights *w, uint64_t room_bytes)
     for (uint32_t i = 0; i < w->plan->model->n_units; i++)
         if (w->streamed[i] && !w->in_memory[i]) return true;
     return streamed_bytes(w) > room_bytes;
+}
+
+bool ps_host_weights_streams(const ps_host_weights *w)
+{
+    for (uint32_t i = 0; i < w->plan->model->n_units; i++)
+        if (w->streamed[i]) return true;
+    return false;
 }
 
 bool ps_host_weights_all_locked(const ps_host_weights *w)

@@ -59,6 +59,8 @@ bool ps_host_weights_needs_bounce(const ps_host_weights *w, uint64_t room_bytes)
 ps_status ps_host_weights_lock(ps_host_weights *w, uint64_t room_bytes, ps_err *err);
 /* Gives the last piece back, for something that needs the room more; false: there is none. */
 bool ps_host_weights_unlock_one(ps_host_weights *w);
+/* Is any unit streamed? */
+bool ps_host_weights_streams(const ps_host_weights *w);
 /* Is every streamed unit locked? */
 bool ps_host_weights_all_locked(const ps_host_weights *w);
 

@@ -10,11 +10,12 @@
 #ifndef PS_INTERVALS_H
 #define PS_INTERVALS_H
 
-#include "engine/ps_plan.h"
+#include "engine/ps_ticks.h"
 
 typedef struct ps_interval {
-    uint64_t from, to;               /* bytes [from, to) */
-    int32_t writer;                  /* tick that wrote it last; -1: nothing in this pass did */
+    uint64_t from, to; /* bytes [from, to) */
+    int32_t writer;    /* tick that wrote it last; -1: nothing in this pass did; others below 0: the
+                          caller's */
     int32_t reader[PS_STREAM_COUNT]; /* last tick of each stream that read it since; -1: none */
 } ps_interval;
 
@@ -36,10 +37,11 @@ void ps_intervals_look(
     const ps_intervals *set, uint64_t from, uint64_t to, ps_interval_fn found, void *ctx);
 void ps_intervals_fini(ps_intervals *set);
 
-/* Whether accesses to this space can conflict inside a pass: weights and constants are only ever
- * read. */
-static inline bool ps_space_is_tracked(ps_space space)
+/* Whether accesses to this space can conflict inside a pass: constants are only ever read, and so
+ * are weights in passes that bring no residents in. */
+static inline bool ps_pass_tracks(const ps_pass_shape *shape, ps_space space)
 {
+    if (space == PS_SPACE_DEV_WEIGHTS) return shape->found != 0;
     return space == PS_SPACE_DEV_RING || space == PS_SPACE_DEV_KV || space == PS_SPACE_DEV_ACT ||
            space == PS_SPACE_DEV_BATCH || space == PS_SPACE_HOST_KV || space == PS_SPACE_HOST_ACT ||
            space == PS_SPACE_OUT;

@@ -192,10 +192,12 @@ static void lower_pass(lowering *l)
     if (l->plan->uses[PS_SIDE_DEV])
         ps_emit_copy(
             l->e, true, -1, in_batch(PS_SIDE_DEV, 0), in_batch(PS_SIDE_HOST, 0), l->batch->n_bytes);
+    ps_lower_bring(l, (uint32_t)m->embed);
     lower_embed(l);
     l->embedded = true;
     for (uint32_t layer = 0; layer < l->hp->n_layer; layer++) {
         ps_lower_load_stages(l, (uint32_t)m->layers[layer].attn);
+        ps_lower_bring_layer(l, layer);
         ps_lower_block(l, layer, (uint32_t)m->layers[layer].attn, ps_lower_attn);
         l->embedded = false;
         if (m->layers[layer].ffn >= 0)
@@ -203,6 +205,8 @@ static void lower_pass(lowering *l)
         else
             ps_lower_moe(l, layer);
     }
+    /* Also where no logits are wanted: from then on all residents count as there. */
+    if (m->head != m->embed) ps_lower_bring(l, (uint32_t)m->head);
     if (l->shape.n_out > 0) ps_lower_head(l);
 }
 

@@ -262,7 +262,9 @@ static void emit_experts(
              expert = (uint32_t)l->model->layers[layer].first_expert;
     route_refs r = routes(l, c.side, c.n);
     ps_dptr h = in_buf(l, c.side, PS_BUF_H, 0);
-    uint32_t n_extra = tables->ring.n_bytes > 0 ? 1 : 0; /* ranges, for the emitter */
+    ps_range extra[PS_MAX_TIERS + 1] = {tables->ring}; /* for the emitter */
+    uint32_t n_extra = tables->ring.n_bytes > 0 ? 1 : 0;
+    if (c.side == PS_SIDE_DEV) n_extra += ps_lower_resident_experts(l, layer, extra + n_extra);
     ps_moe_up_args up = {.x = in_buf(l, c.side, PS_BUF_NORM, 0),
         .out = h,
         .ids = r.ids,
@@ -281,7 +283,7 @@ static void emit_experts(
         .fmt_gate = ps_model_find(l->model, expert, PS_W_GATE)->fmt,
         .fmt_up = ps_model_find(l->model, expert, PS_W_UP)->fmt,
         .act = hp->act};
-    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_UP, &up, &tables->ring, n_extra);
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_UP, &up, extra, n_extra);
     ps_moe_down_args down = {.h = h,
         .y = y,
         .ids = r.ids,
@@ -295,7 +297,7 @@ static void emit_experts(
         .n_ff = hp->n_ff_expert,
         .n_rows = hp->n_embd,
         .fmt = ps_model_find(l->model, expert, PS_W_DOWN)->fmt};
-    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_DOWN, &down, &tables->ring, n_extra);
+    ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_DOWN, &down, extra, n_extra);
 }
 
 /* All groups on one side. */

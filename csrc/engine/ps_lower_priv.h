@@ -108,6 +108,14 @@ void ps_lower_copy_pieces(
     lowering *l, uint32_t unit, uint64_t ring_at, uint64_t image_at, uint64_t n_bytes);
 /* The address of a weight on a side; brings a streamed unit into the ring if it is not there. */
 ps_dptr ps_lower_at_weight(lowering *l, ps_side side, uint32_t unit, const ps_weight *w);
+/* Where a unit is resident in this tier, in DEV_WEIGHTS; UINT64_MAX: nowhere. */
+uint64_t ps_lower_home(const lowering *l, uint32_t unit);
+/* Copies what of a unit, or of all units of a layer, should be resident and is not there yet. */
+void ps_lower_bring(lowering *l, uint32_t unit);
+void ps_lower_bring_layer(lowering *l, uint32_t layer);
+/* The layer's resident experts, as ranges that ops read through tables: in passes that bring any
+ * units in. At most PS_MAX_TIERS, because those that as many residencies have are neighbours. */
+uint32_t ps_lower_resident_experts(const lowering *l, uint32_t layer, ps_range *out);
 /* A 1-D weight, or null where the unit has none. */
 ps_dptr ps_lower_vector(lowering *l, ps_side side, uint32_t unit, ps_role role);
 

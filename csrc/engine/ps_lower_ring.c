@@ -3,6 +3,8 @@
  */
 #include "engine/ps_lower_priv.h"
 
+enum { BRING_BYTES = 32 << 20 }; /* copied at once where there are no slots to go by */
+
 uint64_t ps_lower_ring_bytes(const lowering *l)
 {
     return l->plan->spec.n_slots * l->plan->spec.slot_bytes;
@@ -57,6 +59,62 @@ void ps_lower_copy_pieces(
     }
 }
 
+/* ---- residents ---- */
+
+uint64_t ps_lower_home(const lowering *l, uint32_t unit)
+{
+    return ps_plan_resident_at(l->plan, l->plan->residency_of[l->shape.tier], unit);
+}
+
+static void bring(lowering *l, uint32_t unit)
+{
+    uint64_t most = l->plan->spec.slot_bytes, n_bytes = l->model->units[unit].n_bytes, n;
+    if (!ps_plan_must_bring(l->plan, l->shape.found, l->shape.tier, unit)) return;
+    if (most == 0) most = BRING_BYTES;
+    for (uint64_t done = 0; done < n_bytes; done += n) {
+        n = ps_min_u64(most, n_bytes - done);
+        ps_emit_copy(l->e, true, (int32_t)unit,
+            ps_ref(PS_SPACE_DEV_WEIGHTS, ps_lower_home(l, unit) + done),
+            ps_lower_at_host(l, unit, done), n);
+    }
+}
+
+void ps_lower_bring(lowering *l, uint32_t unit)
+{
+    const ps_unit *u = &l->model->units[unit];
+    if (l->shape.found == 0 || l->measures) return;
+    bring(l, unit);
+    for (uint32_t i = u->first_part; i < u->first_part + u->n_parts; i++) bring(l, i);
+}
+
+void ps_lower_bring_layer(lowering *l, uint32_t layer)
+{
+    const ps_layer *y = &l->model->layers[layer];
+    ps_lower_bring(l, (uint32_t)y->attn);
+    if (y->ffn >= 0) ps_lower_bring(l, (uint32_t)y->ffn);
+    if (y->router < 0) return;
+    ps_lower_bring(l, (uint32_t)y->router);
+    for (uint32_t e = 0; e < l->hp->n_expert; e++) ps_lower_bring(l, (uint32_t)y->first_expert + e);
+}
+
+uint32_t ps_lower_resident_experts(const lowering *l, uint32_t layer, ps_range *out)
+{
+    uint32_t n = 0, first = (uint32_t)l->model->layers[layer].first_expert;
+    if (l->shape.found == 0 || l->measures) return 0;
+    for (uint32_t u = first; u < first + l->hp->n_expert; u++) {
+        uint64_t at = ps_lower_home(l, u), n_bytes = l->model->units[u].n_bytes;
+        if (at == UINT64_MAX) continue;
+        uint64_t end = n > 0 ? ps_ref_offset(out[n - 1].ref) + out[n - 1].n_bytes : 0;
+        if (n > 0 && at >= end && at - end < PS_ARENA_ALIGN) /* nothing fits between */
+            out[n - 1].n_bytes = at + n_bytes - ps_ref_offset(out[n - 1].ref);
+        else
+            out[n++] = (ps_range){ps_ref(PS_SPACE_DEV_WEIGHTS, at), n_bytes, PS_READ};
+    }
+    return n;
+}
+
+/* ---- streamed units ---- */
+
 /* What of a unit is loaded at once: all of it, or where the ring is smaller, the vectors before its
  * first matrix; the matrices then come by rows (emit_matmul_by_rows). */
 static uint64_t load_bytes(const lowering *l, uint32_t unit)
@@ -88,7 +146,7 @@ ps_dptr ps_lower_at_weight(lowering *l, ps_side side, uint32_t unit, const ps_we
 {
     if (side == PS_SIDE_HOST) return ps_lower_at_host(l, unit, w->offset);
     /* Asked first: biases of experts are resident even where their router streams. */
-    uint64_t home = l->plan->homes[unit].dev_offset;
+    uint64_t home = ps_lower_home(l, unit);
     if (home != UINT64_MAX) return ps_ref(PS_SPACE_DEV_WEIGHTS, home + w->offset);
     if (l->model->units[unit].kind == PS_UNIT_EXPERT) { /* in groups, or not at all */
         if (ps_lower_is_mapped(l, unit))

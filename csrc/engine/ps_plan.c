@@ -110,14 +110,20 @@ static ps_status check_places(const ps_plan *p, ps_err *err)
                 return ps_plan_refuse(
                     p, t, u, err, "this device has no memory of its own; every unit must be cpu");
             if (place.kind == PS_PLACE_STREAM) PS_TRY(check_streamed(p, t, u, err));
-            if ((place.kind == PS_PLACE_VRAM) != (first.kind == PS_PLACE_VRAM))
+            if (!p->spec.per_tier_residency &&
+                (place.kind == PS_PLACE_VRAM) != (first.kind == PS_PLACE_VRAM))
                 return ps_plan_refuse(
                     p, t, u, err, "a unit's share of VRAM must be the same in all tiers");
         }
     return PS_OK;
 }
 
-/* ---- sizes ---- */
+/* ---- homes ---- */
+
+static uint64_t align_up(uint64_t n)
+{
+    return (n + PS_ARENA_ALIGN - 1) / PS_ARENA_ALIGN * PS_ARENA_ALIGN;
+}
 
 static bool has_role(const ps_model *m, uint32_t unit, ps_role role)
 {
@@ -174,8 +180,7 @@ static void find_homes_of_cut(ps_plan *p, uint32_t unit)
 {
     const ps_unit *u = &p->model->units[unit];
     ps_unit_home *homes = p->homes;
-    homes[unit] =
-        (ps_unit_home){.dev_offset = UINT64_MAX, .host = (int32_t)unit == p->model->embed};
+    homes[unit] = (ps_unit_home){.host = (int32_t)unit == p->model->embed};
     for (uint32_t i = u->first_part; i < u->first_part + u->n_parts; i++)
         homes[i].host = homes[i].host && !homes[unit].host;
     for (uint32_t t = 0; t < p->spec.n_tiers; t++) /* where the CPU alone computes, its norms too */
@@ -185,17 +190,12 @@ static void find_homes_of_cut(ps_plan *p, uint32_t unit)
 static void find_homes(ps_plan *p)
 {
     const ps_model *m = p->model;
-    for (uint32_t u = 0; u < m->n_units; u++) {
-        p->homes[u].dev_offset = UINT64_MAX;
+    for (uint32_t u = 0; u < m->n_units; u++)
         for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
             ps_side side = ps_plan_side(p, t, u);
             p->uses[side] = true;
-            if (ps_plan_place(p, t, u).kind == PS_PLACE_VRAM)
-                p->homes[u].dev_offset = 0; /* laid out below */
-            else
-                p->homes[u].host = true;
+            if (ps_plan_place(p, t, u).kind != PS_PLACE_VRAM) p->homes[u].host = true;
         }
-    }
     for (uint32_t u = 0; u < m->n_units; u++)
         if (ps_unit_is_cut(&m->units[u])) find_homes_of_cut(p, u);
     /* Biases of experts belong to the router but are needed wherever an expert computes; on the GPU
@@ -209,15 +209,110 @@ static void find_homes(ps_plan *p)
                 if (ps_plan_side(p, t, (uint32_t)m->layers[i].first_expert + e) == PS_SIDE_HOST)
                     p->homes[r].host = true;
                 else
-                    p->homes[r].dev_offset = 0;
+                    p->homes[r].always = true;
             }
     }
 }
 
-static uint64_t align_up(uint64_t n)
+/* ---- residents ---- */
+
+static bool is_resident(const ps_plan *p, uint32_t tier, uint32_t unit)
 {
-    return (n + PS_ARENA_ALIGN - 1) / PS_ARENA_ALIGN * PS_ARENA_ALIGN;
+    return p->homes[unit].always || ps_plan_place(p, tier, unit).kind == PS_PLACE_VRAM;
 }
+
+static bool same_residents(const ps_plan *p, uint32_t a, uint32_t b)
+{
+    for (uint32_t u = 0; u < p->model->n_units; u++)
+        if (is_resident(p, a, u) != is_resident(p, b, u)) return false;
+    return true;
+}
+
+/* Of the first tier of each residency, its number in `first`. */
+static void find_residencies(ps_plan *p, uint32_t first[PS_MAX_TIERS])
+{
+    for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
+        uint32_t r = 0;
+        while (r < p->n_residencies && !same_residents(p, t, first[r])) r++;
+        if (r == p->n_residencies) first[p->n_residencies++] = t;
+        p->residency_of[t] = r;
+        if (!p->spec.per_tier_residency) return; /* the others are 0, too */
+    }
+}
+
+/* The more residencies have a unit, the lower it lies: so what all have is at the same address in
+ * each, and of two residencies of which one is part of the other, the smaller one. */
+static void lay_out_residents(ps_plan *p, const uint32_t first[PS_MAX_TIERS])
+{
+    uint32_t n_units = p->model->n_units, n = p->n_residencies;
+    uint64_t at[PS_MAX_TIERS + 1] = {0};
+    for (uint64_t i = 0; i < (uint64_t)(n + 1) * n_units; i++) p->resident_at[i] = UINT64_MAX;
+    for (uint32_t count = n; count > 0; count--)
+        for (uint32_t u = 0; u < n_units; u++) {
+            bool has[PS_MAX_TIERS + 1] = {false};
+            uint32_t n_has = 0;
+            for (uint32_t r = 0; r < n; r++) n_has += has[r] = is_resident(p, first[r], u);
+            if (n_has != count) continue;
+            has[n] = count == n;
+            for (uint32_t r = 0; r <= n; r++) {
+                if (!has[r]) continue;
+                p->resident_at[(size_t)r * n_units + u] = at[r];
+                at[r] += align_up(p->model->units[u].n_bytes);
+            }
+        }
+    for (uint32_t r = 0; r < n; r++)
+        p->space_bytes[PS_SPACE_DEV_WEIGHTS] =
+            ps_max_u64(p->space_bytes[PS_SPACE_DEV_WEIGHTS], at[r]);
+}
+
+static bool has_all_of(const ps_plan *p, ps_residency held, ps_residency wanted)
+{
+    for (uint32_t u = 0; u < p->model->n_units; u++) {
+        uint64_t at = ps_plan_resident_at(p, wanted, u);
+        if (at != UINT64_MAX && ps_plan_resident_at(p, held, u) != at) return false;
+    }
+    return true;
+}
+
+static ps_status place_residents(ps_plan *p, ps_err *err)
+{
+    uint32_t first[PS_MAX_TIERS] = {0};
+    find_residencies(p, first);
+    uint32_t n = p->n_residencies;
+    p->resident_at = ps_alloc((uint64_t)(n + 1) * p->model->n_units, sizeof *p->resident_at);
+    if (p->resident_at == NULL)
+        return ps_fail(err, PS_ENOMEM, "no host memory for a plan of %u units", p->model->n_units);
+    lay_out_residents(p, first);
+    for (uint32_t held = 0; held <= n; held++)
+        for (uint32_t r = 0; r < n; r++) p->holds[held][r] = has_all_of(p, held, r);
+    return PS_OK;
+}
+
+uint32_t ps_plan_found(const ps_plan *p, ps_residency held, uint32_t tier)
+{
+    return p->holds[held][p->residency_of[tier]] ? 0 : held + 1;
+}
+
+ps_residency ps_plan_held_after(const ps_plan *p, ps_residency held, uint32_t tier)
+{
+    return ps_plan_found(p, held, tier) == 0 ? held : p->residency_of[tier];
+}
+
+bool ps_plan_must_bring(const ps_plan *p, uint32_t found, uint32_t tier, uint32_t unit)
+{
+    uint64_t at = ps_plan_resident_at(p, p->residency_of[tier], unit);
+    return found > 0 && at != UINT64_MAX && ps_plan_resident_at(p, found - 1, unit) != at;
+}
+
+bool ps_plan_comes_and_goes(const ps_plan *p, uint32_t unit)
+{
+    if (ps_plan_resident_at(p, p->n_residencies, unit) != UINT64_MAX) return false;
+    for (uint32_t r = 0; r < p->n_residencies; r++)
+        if (ps_plan_resident_at(p, r, unit) != UINT64_MAX) return true;
+    return false;
+}
+
+/* ---- buffers ---- */
 
 /* Whether the GPU computes experts for a router on the CPU in some tier. The other way round it
  * reads the CPU's rows where they are. */
@@ -437,16 +532,11 @@ static ps_status lay_out_kv(ps_plan *p, ps_err *err)
 
 static ps_status lay_out(ps_plan *p, ps_err *err)
 {
-    const ps_model *m = p->model;
-    const ps_hparams *hp = &m->hp;
+    const ps_hparams *hp = &p->model->hp;
     uint64_t *bytes = p->space_bytes;
     uint32_t n_table = 0;
 
-    for (uint32_t u = 0; u < m->n_units; u++)
-        if (p->homes[u].dev_offset != UINT64_MAX) {
-            p->homes[u].dev_offset = bytes[PS_SPACE_DEV_WEIGHTS];
-            bytes[PS_SPACE_DEV_WEIGHTS] += align_up(m->units[u].n_bytes);
-        }
+    PS_TRY(place_residents(p, err));
     if (streams(p)) bytes[PS_SPACE_DEV_RING] = p->spec.n_slots * p->spec.slot_bytes;
     PS_TRY(lay_out_kv(p, err));
     size_buffers(p);
@@ -573,6 +663,7 @@ void ps_plan_destroy(ps_plan *plan)
     ps_free(plan->places);
     ps_free(plan->kv_vram_tok);
     ps_free(plan->homes);
+    ps_free(plan->resident_at);
     ps_free(plan->kv);
     ps_free(plan->windows);
     ps_cut_destroy(plan->cut);

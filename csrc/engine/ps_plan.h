@@ -50,6 +50,7 @@ typedef struct ps_plan_spec {
     uint32_t pass_tok;   /* most tokens of one pass; >= chunk_tok */
     uint32_t logit_rows; /* most logits rows computed at once */
     uint64_t graph_reserve_bytes;
+    bool per_tier_residency; /* tiers may have residents of their own; else they must be the same */
 } ps_plan_spec;
 
 /* Memory that ticks refer to. A reference is a space and an offset; the executor binds each space
@@ -120,9 +121,14 @@ typedef enum ps_buf {
 } ps_buf;
 
 typedef struct ps_unit_home {
-    uint64_t dev_offset; /* in DEV_WEIGHTS; UINT64_MAX: not resident */
-    bool host;           /* needs its host image in some tier */
+    bool host;   /* needs its host image in some tier */
+    bool always; /* resident in every tier, wherever its place is */
 } ps_unit_home;
+
+/* The units that are resident in some tiers, and where. Tiers with the same residents share one.
+ * All residencies lie in the same memory, and what all of them have lies at the same address in
+ * each; a pass first brings in what it wants and does not find there. */
+typedef uint32_t ps_residency; /* number of one; n_residencies: only what all of them have */
 
 /* Where the KV of an attention unit (or of a part of one: of its heads) lives.
  * DEV: in VRAM. HOST: in host memory, attention on the CPU. BACKED: in host memory, attention
@@ -169,15 +175,20 @@ typedef struct ps_plan {
     /* The model as this plan cuts it: `cut` where some unit is split, else the caller's (borrowed).
      * n_units below is its number of units. */
     const ps_model *model;
-    ps_model *cut;         /* owns, but for what it shares with the caller's model; NULL: none */
-    ps_plan_spec spec;     /* its pointers are those below */
-    ps_tier *tiers;        /* owns; [n_tiers] */
-    ps_place *places;      /* owns; [n_tiers][n_units] */
-    uint32_t *kv_vram_tok; /* owns; [n_layer] */
-    bool has_kv_vram_tok;  /* false: the spec left it to the places */
-    ps_unit_home *homes;   /* owns; [n_units] */
-    ps_unit_kv *kv;        /* owns; [n_units] */
-    ps_kv_window *windows; /* owns; [n_layer], n_windows in use */
+    ps_model *cut;          /* owns, but for what it shares with the caller's model; NULL: none */
+    ps_plan_spec spec;      /* its pointers are those below */
+    ps_tier *tiers;         /* owns; [n_tiers] */
+    ps_place *places;       /* owns; [n_tiers][n_units] */
+    uint32_t *kv_vram_tok;  /* owns; [n_layer] */
+    bool has_kv_vram_tok;   /* false: the spec left it to the places */
+    ps_unit_home *homes;    /* owns; [n_units] */
+    uint32_t n_residencies; /* 1 unless spec.per_tier_residency */
+    ps_residency residency_of[PS_MAX_TIERS]; /* of each tier, the first one's is 0 */
+    uint64_t *resident_at; /* owns; [n_residencies + 1][n_units] offset in DEV_WEIGHTS; UINT64_MAX:
+                              not resident; the last row: what all residencies have */
+    bool holds[PS_MAX_TIERS + 1][PS_MAX_TIERS]; /* does the first have all that the second has */
+    ps_unit_kv *kv;                             /* owns; [n_units] */
+    ps_kv_window *windows;                      /* owns; [n_layer], n_windows in use */
     uint32_t n_windows;
     uint64_t kv_stage_offset; /* in DEV_KV: stages, K and V of one layer and sequence each */
     bool kv_backed;           /* is any unit's BACKED or WINDOW */
@@ -216,6 +227,19 @@ static inline uint32_t ps_plan_share(const ps_plan *plan, uint32_t tier, uint32_
                ? (uint32_t)((double)place.stream * PS_SHARE_ONE + 0.5)
                : 0;
 }
+/* Where a residency has a unit, as an offset in DEV_WEIGHTS; UINT64_MAX: nowhere. */
+static inline uint64_t ps_plan_resident_at(const ps_plan *plan, ps_residency r, uint32_t unit)
+{
+    return plan->resident_at[(size_t)r * plan->model->n_units + unit];
+}
+/* `found` of a pass of this tier (see ps_pass_shape), where VRAM holds residency `held` before it;
+ * and what it holds afterwards. */
+uint32_t ps_plan_found(const ps_plan *plan, ps_residency held, uint32_t tier);
+ps_residency ps_plan_held_after(const ps_plan *plan, ps_residency held, uint32_t tier);
+/* Whether a pass of this tier that finds `found` must bring the unit in. */
+bool ps_plan_must_bring(const ps_plan *plan, uint32_t found, uint32_t tier, uint32_t unit);
+/* Whether the unit is resident in some tiers only, so that passes may bring it in. */
+bool ps_plan_comes_and_goes(const ps_plan *plan, uint32_t unit);
 /* Where a unit computes in a tier; where it is split, where its shares are joined: on the GPU if
  * any of it computes there. */
 static inline ps_side ps_plan_side(const ps_plan *plan, uint32_t tier, uint32_t unit)

@@ -226,9 +226,11 @@ uint64_t ps_ticks_print(const ps_ticks *t, char *out, uint64_t cap)
         "copy_in", "copy_out", "run", "record", "wait", "flag_set", "flag_wait"};
     text x = {.out = out, .cap = cap};
     if (cap > 0) out[0] = 0;
-    put(&x, "pass tier=%s n_tok=%u n_out=%u max_kv=%u events=%u flags=%u\n",
+    put(&x, "pass tier=%s n_tok=%u n_out=%u max_kv=%u events=%u flags=%u",
         t->plan->tiers[t->shape.tier].name, t->shape.n_tok, t->shape.n_out, t->shape.max_kv,
         t->n_events, t->n_flags);
+    if (t->shape.found > 0) put(&x, " found=%u", t->shape.found - 1);
+    put(&x, "\n");
     for (uint32_t i = 0; i < t->n_ticks; i++) {
         const ps_tick *k = &t->tick[i];
         put(&x, "%5u %-7s %-9s", i, ps_stream_role_name((ps_stream_role)k->stream), names[k->kind]);

@@ -64,6 +64,9 @@ typedef struct ps_pass_shape {
      * sequence, so that its KV can be staged. Else false, 0, 0. */
     bool staged;
     uint32_t seq, first;
+    /* 1 + the residency that VRAM holds before the pass, which brings in what it wants beyond that;
+     * 0: all that it wants is there. */
+    uint32_t found;
     /* Borrows; [n_units] streamed experts that kernels can read where they lie, because that is
      * locked memory; NULL: all. */
     const bool *mapped;

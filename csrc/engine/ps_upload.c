@@ -83,7 +83,7 @@ static uint32_t next_parts(const uploader *u, uint32_t *unit, uint64_t *from, pa
     uint32_t k = 0;
     while (k < u->max_parts && *unit < m->n_units) {
         uint64_t left =
-            plan->homes[*unit].dev_offset == UINT64_MAX ? 0 : m->units[*unit].n_bytes - *from;
+            ps_plan_resident_at(plan, 0, *unit) == UINT64_MAX ? 0 : m->units[*unit].n_bytes - *from;
         if (left == 0) {
             (*unit)++;
             *from = 0;
@@ -99,7 +99,7 @@ static ps_status send_half(uploader *u, int half, const part *parts, uint32_t n,
 {
     for (uint32_t i = 0; i < n; i++) {
         ps_dptr dst =
-            ps_dptr_add(u->weights, u->plan->homes[parts[i].unit].dev_offset + parts[i].from);
+            ps_dptr_add(u->weights, ps_plan_resident_at(u->plan, 0, parts[i].unit) + parts[i].from);
         const unsigned char *src = u->staging + ((uint64_t)half * u->max_parts + i) * u->part_bytes;
         ps_status status =
             ps_device_copy_in(u->device, u->stream[half], dst, src, parts[i].n_bytes, err);
@@ -165,7 +165,7 @@ ps_status ps_upload_weights(const ps_plan *plan, ps_device *device, ps_dptr weig
     uploader u = {.plan = plan, .device = device, .weights = weights};
     const ps_model *m = plan->model;
     for (uint32_t i = 0; i < m->n_units; i++)
-        if (plan->homes[i].dev_offset != UINT64_MAX) {
+        if (ps_plan_resident_at(plan, 0, i) != UINT64_MAX) {
             u.total_bytes += m->units[i].n_bytes;
             if (ps_model_image(m, i) == NULL) *file_bytes += m->units[i].n_bytes;
         }

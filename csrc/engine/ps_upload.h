@@ -1,5 +1,6 @@
-/* ps_upload - brings resident weights into VRAM at open: threads read parts of units into one half
- * of a locked staging buffer while the other half is on the bus. The buffer is gone afterwards.
+/* ps_upload - brings the first tier's resident weights into VRAM at open: threads read parts of
+ * units into one half of a locked staging buffer while the other half is on the bus. The buffer is
+ * gone afterwards.
  *
  * Threads: the engine's thread, with the pool it is given.
  */

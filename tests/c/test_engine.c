@@ -13,7 +13,7 @@ typedef struct setup {
     uint32_t n_slots;
     uint64_t slot_bytes;
     uint32_t chunk_tok;
-    bool graphs, stream_all;
+    bool graphs, stream_all, own_residents; /* own: in each tier others */
     int split; /* attention, ffn and head: 1: by the same shares in all tiers; 2: by others in each
                 */
     int kv;    /* 0: as the places say; 1: in host memory; 2: and attention on different sides in
@@ -40,12 +40,14 @@ static void close_rig(rig *r)
     *r = (rig){0};
 }
 
-/* Shares of VRAM are the same in all tiers. The longest prompts leave the CPU nothing. */
+/* Shares of VRAM are the same in all tiers unless they have their own residents. The longest
+ * prompts leave the CPU nothing. */
 static void choose_shares(const setup *s, rig *r, uint32_t unit, uint32_t n_tiers, uint64_t *seed)
 {
     static const float shares[] = {0.5f, 0.25f, 0.0f, 0.75f, 1.0f, 0.001f};
     float vram = shares[ps_rng_next(seed) % 6], stream = 0.0f;
     for (uint32_t t = 0; t < n_tiers; t++) {
+        if (s->own_residents) vram = shares[ps_rng_next(seed) % 6];
         if (t == 0 || s->split == 2) stream = shares[ps_rng_next(seed) % 6];
         if (vram + stream > 1.0f || (s->split == 2 && t == 2)) stream = 1.0f - vram;
         if (s->n_slots == 0) stream = 0.0f;
@@ -63,6 +65,8 @@ static void choose_places(const setup *s, rig *r, uint32_t n_tiers)
         ps_place_kind kind = host ? PS_PLACE_CPU : s->stream_all ? PS_PLACE_STREAM : PS_PLACE_VRAM;
         if (s->seed != 0 && !host) kind = draw[ps_rng_next(&seed) % (s->n_slots > 0 ? 4 : 1) + 0];
         for (uint32_t t = 0; t < n_tiers; t++) {
+            if (s->own_residents) kind = draw[ps_rng_next(&seed) % 4];
+            if (kind == PS_PLACE_STREAM && s->n_slots == 0) kind = PS_PLACE_CPU;
             bool swap = s->kv == 2 && kind == PS_PLACE_CPU && t > 0 && s->n_slots > 0;
             r->places[t * r->model->n_units + u].kind = swap ? PS_PLACE_STREAM : kind;
         }
@@ -112,7 +116,8 @@ static ps_status open_rig(const setup *s, rig *r, ps_err *err)
         .slot_bytes = s->slot_bytes,
         .chunk_tok = s->chunk_tok,
         .pass_tok = 64,
-        .logit_rows = 8};
+        .logit_rows = 8,
+        .per_tier_residency = s->own_residents};
     status = ps_plan_create(r->model, &spec, &r->plan, err);
     ps_exec_options exec = {.cpu_ops = options.cpu_ops,
         .dev_ops = r->device->info.kind == PS_DEVICE_CUDA ? ps_cuda_ops() : options.cpu_ops,
@@ -233,6 +238,35 @@ PS_TEST(same_bits_under_every_placement)
                 .kv = round % 3,
                 .options = {.emu_delays = round > 1, .emu_seed = (uint64_t)round}};
             if (round == 1) emu.seed = 0;
+            ps_test_case("%s on emu, round %d", models[i], round);
+            float *got = run_all(&emu, &m);
+            PS_CHECK(got != NULL && n == m && memcmp(want, got, n * sizeof *want) == 0);
+            ps_free(got);
+        }
+        ps_free(want);
+    }
+    ps_test_case("%s", "");
+}
+
+/* Prompts and single tokens by turns bring in what the other has no room for. */
+PS_TEST(same_bits_with_residents_of_each_tier)
+{
+    for (int i = 0; i < N_MODELS; i += (int)ps_test_step(3)) {
+        setup host = {.file = models[i], .device = "host", .chunk_tok = 16};
+        uint64_t n = 0, m = 0;
+        ps_test_case("%s on host", models[i]);
+        float *want = run_all(&host, &n);
+        for (int round = 0; want != NULL && round < (ps_test_long() ? 12 : 3); round++) {
+            setup emu = {.file = models[i],
+                .device = "emu",
+                .seed = (uint64_t)(round * 17 + i + 1),
+                .own_residents = true,
+                .n_slots = round == 1 ? 0 : 3,
+                .slot_bytes = 512 << 10,
+                .chunk_tok = round == 0 ? 64 : 7,
+                .graphs = round != 1,
+                .kv = round % 2,
+                .options = {.emu_delays = round > 0, .emu_seed = (uint64_t)round}};
             ps_test_case("%s on emu, round %d", models[i], round);
             float *got = run_all(&emu, &m);
             PS_CHECK(got != NULL && n == m && memcmp(want, got, n * sizeof *want) == 0);
@@ -387,7 +421,9 @@ PS_TEST(the_same_bits_from_little_host_memory)
         uint64_t seed; /* 0: everything is streamed */
         int split;
         double share;
-    } rows[] = {{0, 0, 0, 0.7}, {6, 0, 0, 0.3}, {6, 5, 0, 0.7}, {3, 7, 1, 0.01}};
+        bool own_residents;
+    } rows[] = {{0, 0, 0, 0.7, false}, {6, 0, 0, 0.3, false}, {6, 5, 0, 0.7, false},
+        {3, 7, 1, 0.01, false}, {0, 6, 0, 0.7, true}, {6, 4, 0, 0.5, true}};
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i += ps_test_step(3)) {
         setup s = {.file = models[rows[i].model],
             .device = "emu",
@@ -397,6 +433,7 @@ PS_TEST(the_same_bits_from_little_host_memory)
             .slot_bytes = 256 << 10,
             .chunk_tok = 16,
             .split = rows[i].split,
+            .own_residents = rows[i].own_residents,
             .options = {.emu_delays = true, .emu_seed = i}};
         uint64_t n = 0;
         ps_exec_stats all = {0};
@@ -443,12 +480,13 @@ PS_TEST(sequences_do_not_disturb_each_other)
     close_rig(&r);
 }
 
-/* Nothing that a cancelled pass was to copy can be relied on, whichever pass comes next. */
-PS_TEST(a_cancelled_pass_is_made_up_for)
+/* What a cancelled pass has brought in is nobody's: whichever tier comes next brings its own. */
+PS_TEST(a_cancelled_switch_is_made_up_for)
 {
     setup s = {.file = "qwen3moe.q4_k_m.gguf",
         .device = "emu",
         .seed = 4,
+        .own_residents = true,
         .n_slots = 3,
         .slot_bytes = 512 << 10,
         .chunk_tok = 16};
@@ -597,6 +635,7 @@ PS_TEST(oom_split_engine)
         .device = "emu",
         .seed = 9,
         .split = 2,
+        .own_residents = true,
         .n_slots = 3,
         .slot_bytes = 256 << 10,
         .chunk_tok = 16};

@@ -70,7 +70,8 @@ static void split(fixture *f, uint32_t unit, uint64_t *seed)
     }
 }
 
-/* Some of a layer's experts shared by bus and CPU, at one ratio in a tier; none of them in VRAM. */
+/* Some of a layer's experts shared by bus and CPU, at one ratio in a tier; none of them in VRAM,
+ * but for the last tier, where that has residents of its own. */
 static void divide(fixture *f, uint32_t layer, uint64_t *seed)
 {
     static const float shares[] = {0.0f, 0.3f, 0.5f, 0.75f, 1.0f, 0.01f};
@@ -78,6 +79,7 @@ static void divide(fixture *f, uint32_t layer, uint64_t *seed)
     uint64_t which = ps_rng_next(seed) % 4 == 0 ? UINT64_MAX : ps_rng_next(seed);
     for (uint32_t t = 0; t < 3; t++) {
         float share = shares[ps_rng_next(seed) % 6];
+        if (t == 2 && f->spec.per_tier_residency) break;
         for (uint32_t e = 0; e < f->model->hp.n_expert; e++)
             if (which >> (e % 64) & 1 && (t != 2 || e % 3 != 0))
                 f->places[t * n_units + first + e] = (ps_place){PS_PLACE_SPLIT, 0, share};
@@ -86,15 +88,32 @@ static void divide(fixture *f, uint32_t layer, uint64_t *seed)
     }
 }
 
+static ps_place_kind draw_kind(uint64_t draw, bool streams)
+{
+    return streams && draw < 3 ? PS_PLACE_STREAM : draw % 2 == 0 ? PS_PLACE_VRAM : PS_PLACE_CPU;
+}
+
+/* Residents of each tier's own, units split at other rows in each. */
+static void place_by_tier(fixture *f, uint32_t unit, bool streams, bool may_split, uint64_t *seed)
+{
+    for (uint32_t t = 0; t < 3; t++) {
+        ps_place *place = &f->places[t * f->model->n_units + unit];
+        *place = (ps_place){.kind = draw_kind(ps_rng_next(seed) % 6, streams)};
+        if (may_split && ps_rng_next(seed) % 3 == 0)
+            *place = (ps_place){PS_PLACE_SPLIT, (float)(ps_rng_next(seed) % 5) / 4, 0.0f};
+    }
+}
+
 /* Which units go where: none or all in VRAM, patterns that put neighbours on different sides; from
- * FIRST_STREAMED on patterns with streamed units, through rings from roomy to tight; and from
- * FIRST_SPLIT on with split ones too. */
-enum { FIRST_STREAMED = 8, FIRST_SPLIT = 20, N_PATTERNS = 32 };
+ * FIRST_STREAMED on patterns with streamed units, through rings from roomy to tight; from
+ * FIRST_SPLIT on with split ones too; from FIRST_OWN on with residents of each tier's own. */
+enum { FIRST_STREAMED = 8, FIRST_SPLIT = 20, FIRST_OWN = 32, N_PATTERNS = 44 };
 static void apply_pattern(fixture *f, int pattern)
 {
     static const uint32_t rings[][2] = {
         {4, 256 << 10}, {3, 128 << 10}, {7, 64 << 10}, {2, 512 << 10}};
     uint64_t seed = (uint64_t)pattern;
+    f->spec.per_tier_residency = pattern >= FIRST_OWN;
     for (uint32_t u = 0; u < f->model->n_units; u++) {
         uint64_t draw = ps_rng_next(&seed) % 6;
         bool vram = pattern == 1 || (pattern == 2 && u % 2 == 0) || (pattern > 2 && draw % 2 == 0);
@@ -102,7 +121,10 @@ static void apply_pattern(fixture *f, int pattern)
         place(f, u, stream ? PS_PLACE_STREAM : vram ? PS_PLACE_VRAM : PS_PLACE_CPU);
         ps_unit_kind kind = f->model->units[u].kind;
         bool can = kind == PS_UNIT_ATTN || kind == PS_UNIT_FFN || kind == PS_UNIT_HEAD;
-        if (pattern >= FIRST_SPLIT && can && draw != 0) split(f, u, &seed);
+        if (pattern >= FIRST_OWN)
+            place_by_tier(f, u, pattern % 2 == 0, can && pattern % 3 == 0, &seed);
+        else if (pattern >= FIRST_SPLIT && can && draw != 0)
+            split(f, u, &seed);
     }
     for (uint32_t i = 0; i < f->model->hp.n_layer && pattern >= FIRST_SPLIT; i++)
         if (f->model->layers[i].router >= 0) divide(f, i, &seed);
@@ -111,6 +133,23 @@ static void apply_pattern(fixture *f, int pattern)
     f->spec.kv_vram_tok = pattern % 6 == 5 ? windows : pattern % 3 == 2 ? none_in_vram : NULL;
     f->spec.n_slots = rings[pattern % 4][0];
     f->spec.slot_bytes = rings[pattern % 4][1];
+}
+
+/* Whatever residents the pass finds. */
+static void check_shape(const ps_plan *plan, ps_pass_shape shape)
+{
+    for (ps_residency held = 0; held <= plan->n_residencies; held++) {
+        ps_ticks *ticks = NULL;
+        ps_err err = {0};
+        shape.found = ps_plan_found(plan, held, shape.tier);
+        PS_CHECK_STATUS(ps_lower(plan, &shape, &ticks, &err), PS_OK);
+        if (ticks == NULL) continue;
+        ps_status status = ps_ticks_check(ticks, &err);
+        if (status != PS_OK)
+            ps_test_fail(__FILE__, __LINE__, "%u tokens, found %u: %s", shape.n_tok, shape.found,
+                err.message);
+        ps_ticks_destroy(ticks);
+    }
 }
 
 PS_TEST(every_architecture_lowers_and_checks)
@@ -138,17 +177,8 @@ PS_TEST(every_architecture_lowers_and_checks)
                     .staged = true,
                     .seq = 1,
                     .first = 70}};
-            for (size_t j = 0; plan != NULL && j < sizeof shapes / sizeof *shapes; j++) {
-                ps_ticks *ticks = NULL;
-                ps_err why = {0};
-                if (shapes[j].staged && !plan->kv_backed) continue;
-                PS_CHECK_STATUS(ps_lower(plan, &shapes[j], &ticks, &why), PS_OK);
-                if (ticks == NULL) continue;
-                ps_status status = ps_ticks_check(ticks, &why);
-                if (status != PS_OK)
-                    ps_test_fail(__FILE__, __LINE__, "shape %zu: %s", j, why.message);
-                ps_ticks_destroy(ticks);
-            }
+            for (size_t j = 0; plan != NULL && j < sizeof shapes / sizeof *shapes; j++)
+                if (!shapes[j].staged || plan->kv_backed) check_shape(plan, shapes[j]);
             ps_plan_destroy(plan);
             close_fixture(&f);
         }
@@ -203,6 +233,7 @@ PS_TEST(checker_rejects_every_dropped_sync)
                 {.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 64}};
             for (size_t j = 0; j < sizeof shapes / sizeof *shapes; j++) {
                 ps_ticks *t = NULL;
+                shapes[j].found = ps_plan_found(plan, plan->n_residencies, shapes[j].tier);
                 PS_CHECK_STATUS(ps_lower(plan, &shapes[j], &t, &err), PS_OK);
                 if (t == NULL) continue;
                 check_mutants(t, n_by_kind);
@@ -232,10 +263,98 @@ PS_TEST(rules_are_plan_errors)
     f.places[0].kind = PS_PLACE_VRAM; /* in one tier only */
     PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_EPLAN);
     PS_CHECK(plan == NULL && strcmp(err.field, f.model->units[0].name) == 0 && err.extra[0] != 0);
+    f.spec.per_tier_residency = true; /* now that is meant */
+    err = (ps_err){0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    ps_plan_destroy(plan);
     apply_pattern(&f, 1);
     f.spec.accelerator = false;
     err = (ps_err){0};
     PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_EPLAN);
+    close_fixture(&f);
+}
+
+/* Residents of nested sets: those of two tiers, one of them wider, and a third that has others. */
+static void place_nested(fixture *f)
+{
+    uint32_t n = f->model->n_units;
+    for (uint32_t u = 0; u < n; u++) {
+        f->places[u].kind = u % 2 == 0 ? PS_PLACE_VRAM : PS_PLACE_CPU;
+        f->places[n + u].kind = u % 4 == 0 ? PS_PLACE_VRAM : PS_PLACE_CPU;
+        f->places[2 * n + u].kind = u % 4 < 2 ? PS_PLACE_VRAM : PS_PLACE_CPU;
+    }
+    f->spec.per_tier_residency = true;
+}
+
+static uint64_t resident_bytes(const ps_plan *plan, ps_residency r)
+{
+    uint64_t n_bytes = 0;
+    for (uint32_t u = 0; u < plan->model->n_units; u++)
+        if (ps_plan_resident_at(plan, r, u) != UINT64_MAX)
+            n_bytes +=
+                ps_div_up_u64(plan->model->units[u].n_bytes, PS_ARENA_ALIGN) * PS_ARENA_ALIGN;
+    return n_bytes;
+}
+
+PS_TEST(residencies_share_their_memory)
+{
+    fixture f;
+    if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
+    place_nested(&f);
+    ps_plan *plan = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    if (plan == NULL) return;
+    PS_CHECK(plan->n_residencies == 3 && plan->residency_of[2] == 2);
+    uint64_t most = 0;
+    for (uint32_t r = 0; r < 3; r++) most = ps_max_u64(most, resident_bytes(plan, r));
+    PS_CHECK(plan->space_bytes[PS_SPACE_DEV_WEIGHTS] == most && most < resident_bytes(plan, 0) * 2);
+    for (uint32_t u = 0; u < f.model->n_units; u++) {
+        uint64_t first = ps_plan_resident_at(plan, 0, u), second = ps_plan_resident_at(plan, 1, u);
+        PS_CHECK(second == UINT64_MAX || second == first); /* part of the first */
+        PS_CHECK(ps_plan_resident_at(plan, 3, u) == (u % 4 == 0 ? first : UINT64_MAX));
+        PS_CHECK(ps_plan_comes_and_goes(plan, u) == (u % 4 == 1 || u % 4 == 2));
+    }
+    /* The second tier finds its own in either of the others' and in what a failure leaves. */
+    for (ps_residency held = 0; held <= 3; held++) {
+        PS_CHECK(ps_plan_found(plan, held, 1) == 0 && ps_plan_held_after(plan, held, 1) == held);
+        PS_CHECK(ps_plan_found(plan, held, 0) == (held == 0 ? 0 : held + 1));
+        PS_CHECK(ps_plan_held_after(plan, held, 2) == 2);
+    }
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
+/* A resident that was not there and does not come is found by who reads it. */
+PS_TEST(checker_misses_residents)
+{
+    fixture f;
+    if (!open_fixture(&f, "qwen3moe.q4_k_m.gguf", true)) return;
+    place_nested(&f);
+    ps_plan *plan = NULL;
+    ps_ticks *t = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    ps_pass_shape shape = {.tier = 2, .n_tok = 40, .n_out = 1, .max_kv = 64};
+    if (plan != NULL) shape.found = ps_plan_found(plan, 0, 2);
+    if (plan != NULL) PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+    uint64_t n_bytes = 0;
+    for (uint32_t k = 0; t != NULL && k < t->n_ticks; k++) {
+        ps_tick *copy = &t->tick[k];
+        if (copy->kind != PS_TICK_COPY_IN || ps_ref_space(copy->dst) != PS_SPACE_DEV_WEIGHTS)
+            continue;
+        uint64_t all = copy->n_bytes;
+        PS_CHECK(all == f.model->units[copy->unit].n_bytes && copy->unit % 4 == 1);
+        n_bytes += all;
+        copy->n_bytes = all / 2;
+        PS_CHECK_STATUS(ps_ticks_check(t, &(ps_err){0}), PS_EPLAN);
+        copy->n_bytes = all;
+    }
+    uint64_t wanted = 0;
+    for (uint32_t u = 1; u < f.model->n_units; u += 4) wanted += f.model->units[u].n_bytes;
+    PS_CHECK(n_bytes == wanted);
+    ps_ticks_destroy(t);
+    ps_plan_destroy(plan);
     close_fixture(&f);
 }
 
@@ -276,11 +395,11 @@ PS_TEST(splits_are_cut_at_every_boundary)
         for (uint32_t t = 0; t < 3; t++)
             PS_CHECK("cvs"[ps_plan_place(plan, t, u->first_part + i).kind] ==
                      places[i][i < 2 ? 0 : t + 1]);
-        PS_CHECK((plan->homes[u->first_part + i].dev_offset != UINT64_MAX) == (i < 2));
+        PS_CHECK((ps_plan_resident_at(plan, 0, u->first_part + i) != UINT64_MAX) == (i < 2));
         PS_CHECK(plan->homes[u->first_part + i].host == (i >= 2));
     }
     PS_CHECK(n_bytes >= u->n_bytes && n_bytes < u->n_bytes + 5 * 3 * PS_WEIGHT_ALIGN);
-    PS_CHECK(plan->homes[ffn].dev_offset == UINT64_MAX && !plan->homes[ffn].host);
+    PS_CHECK(ps_plan_resident_at(plan, 0, ffn) == UINT64_MAX && !plan->homes[ffn].host);
     PS_CHECK(f.model->units[ffn].n_parts == 0); /* the model itself is as it was */
     ps_plan_destroy(plan);
     close_fixture(&f);

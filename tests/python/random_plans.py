@@ -63,6 +63,7 @@ def base_spec(model: Model) -> Spec:
         "pass_tok": 64,
         "logit_rows": 8,
         "graph_reserve_bytes": 0,
+        "per_tier_residency": False,
     }
 
 
@@ -76,8 +77,12 @@ def sound_spec(model: Model, rng: Rng) -> Spec:
     bounds = sorted(rng.choice(np.arange(1, 60), n_tiers - 1, replace=False).tolist())
     spec["tiers"] = [(f"t{n}", n) for n in bounds] + [("rest", None)]
     spec["kinds"] = _kinds(model, rng, n_tiers)
+    own = bool(rng.random() < 0.3)
+    if own:
+        spec["per_tier_residency"] = True
+        spec["kinds"] = np.concatenate([_kinds(model, rng, 1) for _ in range(n_tiers)])
     if rng.random() < 0.3:
-        spec["shares"] = _add_splits(model, rng, spec["kinds"])
+        spec["shares"] = _add_splits(model, rng, spec["kinds"], own)
     chunk = int(rng.choice([1, 3, 8, 17, 64, 100, 192]))
     spec["chunk_tok"] = chunk
     spec["pass_tok"] = int(rng.choice([chunk, chunk + int(rng.integers(0, 80)), 2 * chunk, 192]))
@@ -131,12 +136,14 @@ def _kinds(model: Model, rng: Rng, n_tiers: int) -> Any:
     return kinds
 
 
-def _add_splits(model: Model, rng: Rng, kinds: Any) -> Any:
-    """Some units shared by both sides; the resident part is the same in all tiers. Returns the shares."""
+def _add_splits(model: Model, rng: Rng, kinds: Any, own: bool) -> Any:
+    """Some units shared by both sides; the resident part is the same in all tiers, unless they have their own. Returns
+    the shares."""
     n_tiers, n = kinds.shape
     can = np.array([unit.kind in ("attn", "ffn", "head") for unit in model.units])
     split = can & (rng.random(n) < rng.choice([0.1, 0.5, 1.0]))
-    vram = np.where(rng.random(n) < 0.3, 0.0, rng.random(n))
+    size = (n_tiers, n) if own else (n,)
+    vram = np.where(rng.random(size) < 0.3, 0.0, rng.random(size))
     stream = (1 - vram) * np.where(rng.random((n_tiers, n)) < 0.3, 0.0, rng.random((n_tiers, n)))
     kinds[:, split] = SPLIT
     shares = np.stack([np.broadcast_to(vram, stream.shape), stream], axis=-1)

@@ -90,8 +90,10 @@ def check_plan(model: ps.Model, seed: int) -> str:
     assert sum(plan.bytes_by_kind.values()) == plan.needed_bytes, seed
     longest = min(spec["pass_tok"], spec["n_ctx"])
     for n_tok in {1, int(rng.integers(1, longest + 1)), longest}:
+        n_out = int(rng.integers(1, n_tok + 1))
         try:
-            plan.check(n_tok, int(rng.integers(1, n_tok + 1)))
+            for held in range(-1, plan.n_residencies + 1 if plan.n_residencies > 1 else 0):
+                plan.check(n_tok, n_out, held=held)
         except ps.PipeshardError as error:
             raise AssertionError(f"seed {seed}, a pass of {n_tok} tokens: {error}") from error
     if not spec["accelerator"]:

@@ -70,12 +70,15 @@ def aligned(n_bytes: int) -> int:
 
 
 def needs(units: tuple[Unit, ...], placement: Placement) -> int:
-    """As the core would count: what is resident in any tier, KV where attention is on the GPU, ring, scratch."""
+    """As the core would count: the residents of the tier with most, KV where attention is on the GPU, ring, scratch."""
     total, streams = SCRATCH, False
     tiers = placement.places.values()
+    total += max(
+        sum(aligned(int(vram_share(places[one.name]) * one.n_bytes)) for one in units)
+        for places in tiers
+    )
     for one in units:
         places = [places[one.name] for places in tiers]
-        total += aligned(int(max(map(vram_share, places)) * one.n_bytes))
         streams = streams or any(
             place == "stream" or (isinstance(place, Split) and place.stream > 0) for place in places
         )
@@ -409,24 +412,26 @@ def test_paper_takes_the_best_of_five_for_each_tier(model: str, share: float) ->
         except ps.BudgetError:
             continue
     placement = place("paper", ctx)
+    assert ctx.fits(placement)
     decode, prefill = ctx.tiers[0].name, ctx.tiers[-1].name
     by_tps = max(five, key=lambda p: ctx.simulate(p, 1).tps)
     by_ttft = min(five, key=lambda p: ctx.simulate(p, N_CTX).ttft_s)
-    if placement.per_tier_residency:
-        assert placement.places[decode] == by_tps.places[decode]
-        assert placement.places[prefill] == by_ttft.places[prefill]
-    else:  # the parts did not fit together
-        assert placement in five
+    assert placement.per_tier_residency == (by_tps != by_ttft)
+    for best, tier in ((by_tps, decode), (by_ttft, prefill)):
+        # The tier's best, or that with fewer residents, to leave room for the other's ring.
+        mine, its = placement.places[tier], best.places[tier]
+        elsewhere = {where for where in its.values() if where != "vram"}
+        fewer = {name for name in its if mine[name] != its[name]}
+        assert all(its[name] == "vram" and mine[name] in elsewhere for name in fewer)
+        assert placement.per_tier_residency or not fewer
 
 
 def test_paper_where_tiers_share_their_residents() -> None:
-    """A core that refuses several residencies: one strategy, the best over a prompt and an answer."""
+    """Where nothing fits beside another: one strategy, the best over a prompt and an answer."""
     units = MODELS["dense"]
 
     def ask(placement: Placement) -> int:
-        if placement.per_tier_residency:
-            raise ps.PlanError("one residency")
-        return needs(units, placement)
+        return needs(units, placement) + (1 << 40) * placement.per_tier_residency
 
     ctx = context(units, ALL["dense"] // 2, ask_needs=ask)
     placement = place("paper", ctx)
