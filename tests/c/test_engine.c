@@ -1,9 +1,14 @@
 /* Whole passes on the golden models: the same logits under every placement, through every path of
  * prompt and decode; failures leave the engine as it was. Parity with the float64 answers is tested
  * from Python, where they can be read. */
+#include <errno.h>
+#include <fcntl.h>
+#include <unistd.h>
+
 #include "ps_test.h"
 
 #include "engine/ps_engine.h"
+#include "format/ps_gguf_part.h"
 
 enum { N_TOK = 40, N_CTX = 128 };
 
@@ -19,6 +24,7 @@ typedef struct setup {
     int kv;    /* 0: as the places say; 1: in host memory; 2: and attention on different sides in
                   different tiers */
     uint64_t locked_limit, ram_limit;
+    const ps_gguf_io *io; /* how weights are read; NULL: as usual */
     ps_device_options options;
 } setup;
 
@@ -84,6 +90,8 @@ static ps_status open_rig(const setup *s, rig *r, ps_err *err)
     *r = (rig){0};
     ps_status status = ps_model_open(path, &r->model, err);
     if (status != PS_OK) return status;
+    if (s->io != NULL) /* of an open model, which nobody but a test may change */
+        ((ps_gguf_part *)(uintptr_t)ps_gguf_part_at(r->model->gguf, 0))->io = *s->io;
     ps_device_options options = s->options;
     ps_cpu_bounds bounds = {.max_cols = 1 << 12,
         .max_tok = N_TOK,
@@ -446,6 +454,120 @@ PS_TEST(the_same_bits_from_little_host_memory)
         ps_free(want);
     }
     ps_test_case("%s", "");
+}
+
+/* ---- a disk that fails ---- */
+
+typedef struct disk {
+    _Atomic int64_t n_good; /* reads before the fault, which then stays; negative: never */
+    _Atomic bool direct_only;
+    int64_t fault;
+    uint64_t most_bytes; /* a read; 0: no limit */
+} disk;
+
+static int64_t disk_pread(void *ctx, int fd, void *dst, uint64_t n, uint64_t offset)
+{
+    disk *d = ctx;
+    bool spared = d->direct_only && (fcntl(fd, F_GETFL) & O_DIRECT) == 0;
+    if (!spared && d->n_good >= 0 && d->n_good-- <= 0) {
+        d->n_good = 0;
+        return d->fault;
+    }
+    if (d->most_bytes > 0 && n > d->most_bytes) n = d->most_bytes;
+    const ssize_t got = pread(fd, dst, n, (off_t)offset);
+    return got >= 0 ? got : -errno;
+}
+
+/* As little host memory as works: nearly all is on disk. */
+static ps_status open_on_disk(setup *s, rig *r, ps_err *err)
+{
+    ps_err why = {0};
+    s->ram_limit = 1;
+    PS_CHECK_STATUS(open_rig(s, r, &why), PS_ENOMEM);
+    close_rig(r);
+    s->ram_limit = why.needed + (64 << 10);
+    return open_rig(s, r, err);
+}
+
+static ps_disk_direct disk_direct(const rig *r)
+{
+    return ps_exec_get_stats(ps_engine_exec(r->engine)).disk_direct;
+}
+
+static const setup on_disk = {.file = "qwen3moe.q4_k_m.gguf",
+    .device = "emu",
+    .stream_all = true,
+    .n_slots = 3,
+    .slot_bytes = 256 << 10,
+    .chunk_tok = 16};
+
+PS_TEST(a_disk_that_fails_in_the_middle_of_a_pass)
+{
+    disk d = {.n_good = -1, .fault = -EIO};
+    setup s = on_disk;
+    rig r;
+    ps_err err = {0};
+    int32_t tokens[N_TOK];
+    s.io = &(ps_gguf_io){disk_pread, &d};
+    PS_REQUIRE_OK(open_on_disk(&s, &r, &err), &err);
+    uint64_t n = (uint64_t)N_TOK * r.model->hp.n_vocab;
+    float *want = ps_alloc(n, sizeof *want), *got = ps_alloc(n, sizeof *got);
+    make_tokens(tokens, r.model->hp.n_vocab);
+    PS_CHECK_STATUS(ps_engine_append(r.engine, 0, tokens, N_TOK, want, &err), PS_OK);
+    ps_disk_direct before = disk_direct(&r);
+    for (int64_t n_good = 0; n_good < 60; n_good += 1 + n_good) {
+        ps_test_case("after %d reads", (int)n_good);
+        PS_CHECK_STATUS(ps_engine_truncate(r.engine, 0, N_TOK / 2, &err), PS_OK);
+        ps_err why = {0};
+        d.n_good = n_good;
+        PS_CHECK_STATUS(
+            ps_engine_append(r.engine, 0, tokens + N_TOK / 2, N_TOK / 2, got, &why), PS_EFILE);
+        PS_CHECK_EQ(why.os_errno, EIO);
+        PS_CHECK_EQ_STR(why.extra, ps_gguf_file_path(r.model->gguf, 0));
+        PS_CHECK_EQ(ps_engine_length(r.engine, 0), N_TOK / 2);
+        d.n_good = -1;
+        PS_CHECK_STATUS(
+            ps_engine_append(r.engine, 0, tokens + N_TOK / 2, N_TOK / 2, got, &err), PS_OK);
+        PS_CHECK(memcmp(got, want + n / 2, n / 2 * sizeof *got) == 0);
+    }
+    PS_CHECK_EQ(disk_direct(&r), before); /* a failure is no refusal */
+    ps_free(want);
+    ps_free(got);
+    close_rig(&r);
+}
+
+PS_TEST(a_disk_that_refuses_or_gives_little)
+{
+    static const disk disks[] = {
+        {.n_good = 7, .fault = -EINVAL, .direct_only = true}, /* from within a pass on */
+        {.n_good = 0, .fault = -EINVAL, .direct_only = true}, /* at once */
+        {.n_good = -1, .most_bytes = 4096}, {.n_good = -1, .most_bytes = 1000}, /* off the grid */
+    };
+    setup s = on_disk;
+    uint64_t n = 0, m = 0;
+    float *want = run_all(&s, &n);
+    for (size_t i = 0; i < sizeof disks / sizeof *disks && want != NULL; i++) {
+        disk d = {.n_good = -1, .fault = disks[i].fault, .most_bytes = disks[i].most_bytes};
+        rig r;
+        ps_err err = {0};
+        s.io = &(ps_gguf_io){disk_pread, &d};
+        ps_test_case("disk %d", (int)i);
+        PS_REQUIRE_OK(open_on_disk(&s, &r, &err), &err);
+        PS_CHECK(disk_direct(&r) != PS_DISK_UNUSED);
+        close_rig(&r);
+        d.direct_only = disks[i].direct_only;
+        d.n_good = disks[i].n_good;
+        float *got = run_all(&s, &m);
+        PS_CHECK(got != NULL && n == m && memcmp(got, want, n * sizeof *got) == 0);
+        ps_free(got);
+        if (i == 1) {
+            d.n_good = 0;
+            PS_REQUIRE_OK(open_rig(&s, &r, &err), &err);
+            PS_CHECK_EQ(disk_direct(&r), PS_DISK_CACHED);
+            close_rig(&r);
+        }
+    }
+    ps_free(want);
 }
 
 PS_TEST(sequences_do_not_disturb_each_other)
