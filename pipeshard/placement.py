@@ -56,10 +56,11 @@ class Split:
     others cuts the unit once more, into smaller ops.
 
     An expert is not cut. `Split(stream=s)`, with the same s for all such experts of a layer in a tier, lets bus and CPU
-    divide them as they are wanted: of those that a pass's tokens are routed to, the first `s` (rounded to the nearest
-    number, halves upwards; in the order of tokens and, of a token, of rank) come over the bus and the others are the
-    CPU's. Placed one by one, chance would put more of them on one side, and the layer would wait for it. Passes of so
-    many tokens that streamed experts are copied whole divide them by their number instead."""
+    divide them as they are wanted: of n that a pass's tokens are routed to, the first (n + 1) * s, rounded down (in the
+    order of tokens and, of a token, of rank), come over the bus and the others are the CPU's. Of all numbers of whole
+    experts that is the one with which both are done first, if s of them and the rest take equally long. Placed one by
+    one, chance would put more of them on one side, and the layer would wait for it. Passes of so many tokens that
+    streamed experts are copied whole divide them by their number instead."""
 
     vram: float = 0.0
     stream: float = 0.0

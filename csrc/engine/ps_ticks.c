@@ -80,16 +80,37 @@ static expert_count count_in_table(
     return n;
 }
 
+/* Of so many experts of a layer drawn without regard to which are shared, the GPU's on average. */
+static double mean_share(uint32_t n_expert, uint32_t n_shared, uint32_t n_drawn, uint32_t share)
+{
+    enum { MOST = 64 };
+    double chance[MOST + 1] = {1.0}, mean = 0; /* that i of those drawn so far are shared */
+    if (n_drawn > MOST) return (double)n_drawn * n_shared / n_expert * share / PS_SHARE_ONE;
+    for (uint32_t t = 0; t < n_drawn; t++)
+        for (uint32_t i = t + 1; i-- > 0;) {
+            double one = i < n_shared ? (double)(n_shared - i) / (n_expert - t) : 0.0;
+            chance[i + 1] += chance[i] * one;
+            chance[i] *= 1.0 - one;
+        }
+    for (uint32_t i = 0; i <= n_drawn; i++) mean += chance[i] * (double)PS_SHARE_OF(i, share);
+    return mean;
+}
+
 /* What a gather gives its side: of shared experts, as many as that is on average. */
 static expert_count count_gathered(
     const ps_ticks *t, ps_side side, const ps_gather_experts_args *a, bool with_residents)
 {
-    double share = (double)a->share / PS_SHARE_ONE;
     expert_count n = count_in_table(t, side, a->mapped, a->n_expert),
                  shared = count_in_table(t, side, a->shared, a->n_expert);
-    if (a->rest) share = 1.0 - share;
-    n.here += share * shared.here;
-    n.mapped += share * shared.mapped;
+    if (shared.here > 0) {
+        double drawn = ps_experts_touched(a->n_expert, a->k, a->n_tok);
+        uint32_t n_drawn = (uint32_t)(drawn + 0.5);
+        double share = mean_share(a->n_expert, (uint32_t)shared.here, n_drawn, a->share) *
+                       a->n_expert / (n_drawn * shared.here);
+        if (a->rest) share = 1.0 - share;
+        n.here += share * shared.here;
+        n.mapped += share * shared.mapped;
+    }
     if (with_residents) n.here += count_in_table(t, side, a->resident, a->n_expert).here;
     return n;
 }

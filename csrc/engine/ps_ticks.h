@@ -143,8 +143,8 @@ uint64_t ps_ticks_print(const ps_ticks *ticks, char *out, uint64_t cap);
 uint32_t ps_tick_ranges(const ps_ticks *ticks, uint32_t i, ps_range *out, uint32_t cap);
 
 /* What a RUN tick costs, before any reference of the list is bound. Of experts, those count whose
- * addresses its tables hold: elsewhere the others are somebody else's work. Zeros for other ticks.
- */
+ * addresses its tables hold: elsewhere the others are somebody else's work; of divided ones, as
+ * many as are its side's on average. Zeros for other ticks. */
 ps_cost ps_tick_cost(const ps_ticks *ticks, uint32_t i);
 
 /* ---- the emitter, for lowering ---- */

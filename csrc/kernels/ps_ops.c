@@ -265,8 +265,7 @@ uint32_t ps_op_operands(ps_op_kind kind, const void *args, ps_operand out[PS_MAX
 
 /* ---- cost ---- */
 
-/* Experts that n_tok tokens touch under uniform routing: E (1 - (1 - k/E)^n_tok). */
-static double experts_touched(uint32_t n_expert, uint32_t k, uint32_t n_tok)
+double ps_experts_touched(uint32_t n_expert, uint32_t k, uint32_t n_tok)
 {
     if (n_expert == 0) return 0;
     const double miss = 1.0 - (double)k / n_expert;
@@ -276,7 +275,7 @@ static double experts_touched(uint32_t n_expert, uint32_t k, uint32_t n_tok)
 static ps_cost cost_moe(uint32_t n_expert, uint32_t k, uint32_t n_tok, uint64_t expert_bytes,
     uint64_t weights, uint64_t activations)
 {
-    const double touched = experts_touched(n_expert, k, n_tok);
+    const double touched = ps_experts_touched(n_expert, k, n_tok);
     return (ps_cost){.flops = 2ull * n_tok * k * weights,
         .bytes =
             (uint64_t)(touched * (double)expert_bytes) + (uint64_t)n_tok * k * activations * 4};
@@ -341,7 +340,7 @@ static ps_cost cost_qkv_prep(const ps_qkv_prep_args *a)
 static ps_cost cost_gather_experts(const ps_gather_experts_args *a)
 {
     if (ps_dptr_is_null(a->slots)) return (ps_cost){.bytes = 6ull * a->n_expert * sizeof(ps_dptr)};
-    const double touched = experts_touched(a->n_expert, a->k, a->n_tok);
+    const double touched = ps_experts_touched(a->n_expert, a->k, a->n_tok);
     const uint64_t n_bytes = (uint64_t)(touched * (double)a->image_bytes);
     return (ps_cost){.bytes = n_bytes, .bus_bytes = n_bytes};
 }

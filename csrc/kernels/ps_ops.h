@@ -200,8 +200,11 @@ typedef struct ps_route_args {
  * image of e + gate_at, and up and down likewise, for the ops that follow; null where there is
  * none. All images of a call have the same size and layout. ---- */
 enum { PS_SHARE_ONE = 1 << 16 }; /* shares are numbers of 65536ths, so that all devices agree */
-/* Of n: to the nearest, halves upwards. */
-#define PS_SHARE_OF(n, share) (((uint64_t)(n) * (share) + PS_SHARE_ONE / 2) / PS_SHARE_ONE)
+/* Of n images, how many: of all ways to divide whole ones between sides whose rates are as share to
+ * rest, the one that is done first. Rounding up makes the first side wait for (1 - f) / share, down
+ * the other for f / (1 - share), f being the fraction of n * share. */
+#define PS_SHARE_OF(n, share)                                                                      \
+    ((share) >= PS_SHARE_ONE ? (uint64_t)(n) : ((uint64_t)(n) + 1) * (share) / PS_SHARE_ONE)
 typedef struct ps_gather_experts_args {
     ps_dptr ids;              /* int32 [n_tok * k], from ROUTE */
     ps_dptr mapped, resident; /* ps_dptr [n_expert], of images: in host memory, under the address by
@@ -323,6 +326,9 @@ enum { PS_MAX_OPERANDS = 20 };
 /* The ps_dptr fields of this call. Memory behind pointer tables (experts) is not listed: lowering
  * adds it. */
 uint32_t ps_op_operands(ps_op_kind kind, const void *args, ps_operand out[PS_MAX_OPERANDS]);
+
+/* Experts that n_tok tokens touch under uniform routing: E (1 - (1 - k/E)^n_tok). */
+double ps_experts_touched(uint32_t n_expert, uint32_t k, uint32_t n_tok);
 
 /* What the shapes say; addresses are not looked at, so that plans can ask before any memory exists.
  */

@@ -267,7 +267,11 @@ static inline bool ops_shared_here(
         n++;
         rank += ops_first_of(a, f) < ops_first_of(a, e);
     }
-    const bool gpu = (double)rank < floor((double)n * a->share / 65536.0 + 0.5);
+    /* The number of the GPU's that makes the later of both sides earliest. */
+    const double share = a->share / 65536.0;
+    uint32_t n_gpu = 0;
+    while (n_gpu < n && (n_gpu + 1) * (1 - share) <= (n - n_gpu) * share) n_gpu++;
+    const bool gpu = rank < n_gpu;
     return a->rest ? !gpu : gpu;
 }
 

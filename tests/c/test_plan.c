@@ -834,7 +834,7 @@ PS_TEST(bus_and_cpu_divide_what_is_routed)
     for (uint32_t i = 0; i < hp->n_layer; i++)
         for (uint32_t e = n_near; e < hp->n_expert; e++) {
             uint32_t u = (uint32_t)f.model->layers[i].first_expert + e;
-            PS_CHECK("cvs"[ps_plan_place(plan, 0, u).kind] == "vvcscscc"[e]);
+            PS_CHECK("cvs"[ps_plan_place(plan, 0, u).kind] == "vvcsccsc"[e]);
             PS_CHECK(ps_plan_share(plan, 0, u) == 26214);
             PS_CHECK(ps_plan_place(plan, 1, u).kind == PS_PLACE_CPU);
             PS_CHECK(ps_plan_place(plan, 2, u).kind == PS_PLACE_STREAM);
@@ -843,11 +843,13 @@ PS_TEST(bus_and_cpu_divide_what_is_routed)
     division d = division_of(plan, 0, NULL);
     PS_CHECK(d.n_gathers[PS_SIDE_DEV] == hp->n_layer && d.n_gathers[PS_SIDE_HOST] == hp->n_layer);
     PS_CHECK(d.tables_agree);
-    double far = hp->n_expert_used * 0.75 * hp->n_layer, want = far * 0.4 * (double)image;
+    /* Of three routed ones, 1, 2 or 3 are of those six, in 6, 30 and 20 of 56 cases: of one, the
+     * bus gets none. */
+    double mean = 50.0 / 56, want = mean * hp->n_layer * (double)image;
     PS_CHECK(fabs((double)d.bus_bytes - want) < 1e-3 * want);
-    /* What the CPU has of all routed ones: six of eight, but for the share. */
+    /* What the CPU has of all routed ones: six of eight, but for those. */
     double up = (double)(d.up_bytes[0] + d.up_bytes[1]);
-    PS_CHECK(fabs((double)d.up_bytes[PS_SIDE_HOST] / up - 0.75 * 0.6) < 1e-3);
+    PS_CHECK(fabs((double)d.up_bytes[PS_SIDE_HOST] / up - (2.25 - mean) / 3) < 1e-3);
     bool *mapped = ps_alloc(n_units, sizeof *mapped);
     for (uint32_t u = 0; mapped != NULL && u < n_units; u++)
         mapped[u] = u != (uint32_t)f.model->layers[0].first_expert + 2; /* one of the CPU's */

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,7 @@ def test_golden_logits_of_divided_experts(name: str, rest: Place, heap: None) ->
             answers.append((prompt, engine.last_logits.copy()))
             found = [stream for stream, _ in gathers_of(engine, model, 1)]
             n = model.hparams["n_expert"] - n_vram
-            on_bus = int(n * share + 0.5)
+            on_bus = min(n, int((n + 1) * share))
             both = ["cpu", "compute"] if rest == "vram" else ["compute", "cpu"]
             layer = [] if on_bus == 0 else ["compute"] if on_bus == n else both
             assert found == layer * model.hparams["n_layer"]
@@ -318,8 +319,10 @@ def test_a_division_costs_the_expected_share(many: ps.Model) -> None:
     for share, n_vram in ((0.25, 0), (0.5, 32), (0.75, 16)):
         with open_plan(many, divided(many, share, n_vram)) as engine:
             bus = [n for stream, n in gathers_of(engine, many, 1) if stream == "compute"]
-        far = 4 * (64 - n_vram) / 64
-        assert bus == pytest.approx([share * far * image] * 2, rel=0.01)
+        n = 64 - n_vram  # that are shared; a token takes 4 of 64, m of these
+        ways = [comb(n, m) * comb(n_vram, 4 - m) / comb(64, 4) for m in range(5)]
+        mean = sum(way * min(m, int((m + 1) * share)) for m, way in enumerate(ways))
+        assert bus == pytest.approx([mean * image] * 2, rel=0.01)
 
 
 def test_experts_that_cannot_be_locked_keep_their_places(many: ps.Model) -> None:
