@@ -236,10 +236,9 @@ def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[
         if i > 0 and units is placement.places[tiers[i - 1].name]:
             kinds[i], shares[i] = kinds[i - 1], shares[i - 1]
             continue
-        # One pass over names that are all known and plain; whatever else is in it is looked at one by one.
+        # In one go where names are known and places are places; else they are looked at one by one.
         try:
-            places = operator.itemgetter(*index)(units)
-            kinds[i] = np.frombuffer(bytes(map(_KINDS.__getitem__, places)), np.uint8)
+            any_split |= _look_up_known(units, index, kinds[i], shares[i])
         except (KeyError, TypeError):
             any_split |= _look_up(units, index, tier, kinds[i], shares[i])
         if len(units) != len(index):
@@ -249,6 +248,23 @@ def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[
                 f"tier {tier.name} has no place for unit {missing}", unit=missing, tier=tier.name
             )
     return kinds, shares if any_split else None
+
+
+def _look_up_known(
+    units: Mapping[str, Place], index: Mapping[str, int], kinds: Any, shares: Any
+) -> bool:
+    """As _look_up(), but KeyError or TypeError for what is missing or no place. Thousands of units have few places."""
+    places = operator.itemgetter(*index)(units)
+    known = {id(place): place for place in places}
+    at = dict(zip(known, range(len(known)), strict=True))
+    which = np.fromiter(map(at.__getitem__, map(id, places)), np.intp, len(places))
+    rows = [
+        (_SPLIT, p.vram, p.stream) if isinstance(p, Split) else (_KINDS[p], 0.0, 0.0)
+        for p in known.values()
+    ]
+    table = np.array(rows, np.float32)
+    kinds[:], shares[:] = table[which, 0], table[which, 1:]
+    return any(kind == _SPLIT for kind, _, _ in rows)
 
 
 def _look_up(

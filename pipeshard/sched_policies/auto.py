@@ -7,7 +7,8 @@ What fits is resident. Else the units that save most seconds a byte are: attenti
 then feed-forward and head, then experts, of which a token needs few; the token table last, for only rows of it are
 read. The rest is shared by the bus and the CPU, which both work at once: of each class of passes a share of the
 remaining units streams, spread evenly over the layers, and the CPU computes the others meanwhile; of experts that is so
-within each layer, and without experts feed-forwards and head may be split by rows instead. Which share follows from how
+within each layer, where few tokens pass by what is routed, and without experts feed-forwards and head may be split by
+rows instead. Which share follows from how
 long both sides take for a byte at that many tokens; that share, parts of it, none and all are simulated for every
 class, so where streaming begins to pay is the cost model's to say.
 
@@ -208,12 +209,16 @@ class _Search:
         ctx = self.ctx
         decode = settings.share.get(ctx.tiers[0].name, 0.0)
         shares = {tier.name: settings.share.get(tier.name, 0.0) for tier in ctx.tiers}
-        made = {s: self._made(tuple(counts), s, decode, settings.split) for s in shares.values()}
+        routed = {tier.name: ctx.moves_routed(tier) for tier in ctx.tiers}
+        made = {
+            (s, routed[name]): self._made(tuple(counts), s, decode, settings.split, routed[name])
+            for name, s in shares.items()
+        }
         lump = max((lump for _, lump, _ in made.values()), default=0)
         largest = max((largest for _, _, largest in made.values()), default=0)
         n_slots, slot_bytes = _ring(lump, largest, settings.ring)
         return Placement(
-            places={name: made[s][0] for name, s in shares.items()},
+            places={name: made[s, routed[name]][0] for name, s in shares.items()},
             kv_vram_tok=None
             if settings.kv_tok is None
             else dict.fromkeys((layer.index for layer in ctx.layers), settings.kv_tok),
@@ -223,10 +228,10 @@ class _Search:
         )
 
     def _made(
-        self, counts: tuple[int, ...], share: float, decode: float, split: bool
+        self, counts: tuple[int, ...], share: float, decode: float, split: bool, routed: bool
     ) -> tuple[Mapping[str, Place], int, int]:
         """Places for one class of passes, as _shared() has them. Candidates have most of these in common."""
-        key = (counts, share, decode, split)
+        key = (counts, share, decode, split, routed)
         if key not in self._places:
             near: list[str] = []
             far: list[tuple[_Group, tuple[str, ...], int]] = []
@@ -235,7 +240,7 @@ class _Search:
                 near += resident
                 if rest:
                     far.append((group, rest, group.far_bytes(n)))
-            names, places, lump, largest = _shared(far, share, decode, split)
+            names, places, lump, largest = _shared(far, share, decode, split, routed)
             names += near
             places += ["vram"] * len(near)
             made = dict(zip(names, places, strict=True))
@@ -466,10 +471,16 @@ def _with_size(ctx: PolicyContext, size: int) -> PolicyContext:
 
 
 def _shared(
-    far: list[tuple[_Group, tuple[str, ...], int]], share: float, head_share: float, split: bool
+    far: list[tuple[_Group, tuple[str, ...], int]],
+    share: float,
+    head_share: float,
+    split: bool,
+    routed: bool,
 ) -> tuple[list[str], list[Place], int, int]:
     """Names and places of what is not resident; the bytes of the largest part of a layer that streams, and of its
-    largest unit where that is an expert, which travels whole. Of the head one row is asked for, whatever the pass."""
+    largest unit where that is an expert, which travels whole. Of the head one row is asked for, whatever the pass.
+    routed: experts are divided as tokens are routed to them. One by one, chance puts more of a token's on one side, and
+    the layer waits for that."""
     all_names: list[str] = []
     places: list[Place] = []
     owed, lump, largest = 0.0, 0, 0
@@ -485,6 +496,10 @@ def _shared(
             owed -= n
             n_bytes = n * group.n_bytes
             largest = max(largest, group.largest if n else 0)
+            if routed and 0.0 < mine < 1.0:
+                places += [Split(stream=mine)] * len(names)
+                lump, largest = max(lump, n_bytes, group.n_bytes), max(largest, group.largest)
+                continue
         elif split and group.kind in ("ffn", "head") and 0.0 < mine < 1.0:
             places += [Split(stream=mine)] * len(names)
             lump = max(lump, int(mine * n_bytes))
@@ -586,6 +601,8 @@ def _reasons(ctx: PolicyContext, placement: Placement) -> dict[str, str]:
 
 
 def _reason(ctx: PolicyContext, unit: Unit, places: tuple[str, ...]) -> str:
+    if unit.kind == "expert" and any(place.startswith("Split") for place in places):
+        return "no room; bus and CPU share those that are routed"
     if places[0].startswith("Split"):
         return "no room for all of it; GPU and CPU compute their shares at once"
     if places[0] == "vram":

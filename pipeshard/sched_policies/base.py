@@ -163,6 +163,15 @@ class PolicyContext:
     def has_experts(self) -> bool:
         return any(unit.kind == "expert" for unit in self.units)
 
+    @cached_property
+    def _expert_use(self) -> float:
+        return max((unit.use for unit in self.units if unit.kind == "expert"), default=1.0)
+
+    def moves_routed(self, tier: Tier) -> bool:
+        """Whether in all passes of a tier only those experts move that tokens are routed to, because they use at most
+        half of a layer's. There a Split divides them as they are routed."""
+        return tier.max_tok is not None and 2 * tier.max_tok * self._expert_use <= 1.0
+
 
 # ---- moves ----
 

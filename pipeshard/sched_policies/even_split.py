@@ -1,7 +1,8 @@
 """`even_split`: every layer divided alike. Attention and its KV in VRAM, and of each layer's feed-forward (of the head
 too, where it does not fit beside) the same share, as large as the budget allows. Of the rest a share streams while the
 CPU computes what is left, all three at once: in passes of few tokens the share that makes those shortest, in larger
-ones likewise, which mostly is all of it. Experts are divided by their number, as they are placed one by one.
+ones likewise, which mostly is all of it. Experts are divided by their number and, where few tokens pass, as these are
+routed.
 
 Threads: pure.
 """
@@ -102,20 +103,26 @@ def _largest(ctx: PolicyContext, settings: _Settings) -> float | None:
 
 
 def _placement(ctx: PolicyContext, share: float, settings: _Settings) -> Placement:
-    made = {
-        few: _places(ctx, share, settings.few if few else settings.many, settings.split_head)
-        for few in (True, False)
-    }
+    made: dict[tuple[bool, bool], dict[str, Place]] = {}
+    places: dict[str, dict[str, Place]] = {}
+    for tier in ctx.tiers:
+        few, routed = (tier.max_tok or N_PROMPT) <= _FEW_TOK, ctx.moves_routed(tier)
+        if (few, routed) not in made:
+            streams = settings.few if few else settings.many
+            made[few, routed] = _places(ctx, share, streams, settings.split_head, routed)
+        places[tier.name] = made[few, routed]
     slot = _slot_bytes(ctx, share, settings)
     return Placement(
-        places={tier.name: made[(tier.max_tok or N_PROMPT) <= _FEW_TOK] for tier in ctx.tiers},
+        places=places,
         n_slots=_N_SLOTS if slot else 0,
         slot_bytes=slot,
         chunk_tok=settings.size,
     )
 
 
-def _places(ctx: PolicyContext, share: float, streams: float, split_head: bool) -> dict[str, Place]:
+def _places(
+    ctx: PolicyContext, share: float, streams: float, split_head: bool, routed: bool
+) -> dict[str, Place]:
     divided: Place = Split(vram=share, stream=(1.0 - share) * streams)
     places: dict[str, Place] = {}
     for unit in ctx.outer:
@@ -125,8 +132,9 @@ def _places(ctx: PolicyContext, share: float, streams: float, split_head: bool) 
         n = len(layer.ffn)
         resident = int(share * n + 1e-9)
         streamed = resident + int((n - resident) * streams + 0.5)
+        far = Split(stream=streams) if routed and 0.0 < streams < 1.0 else None
         for i, unit in enumerate(layer.ffn):
-            one: Place = "vram" if i < resident else "stream" if i < streamed else "cpu"
+            one: Place = "vram" if i < resident else far or ("stream" if i < streamed else "cpu")
             places[unit.name] = one if unit.kind == "expert" else divided
     return places
 

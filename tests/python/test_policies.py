@@ -92,12 +92,12 @@ def seconds(units: tuple[Unit, ...], places: Mapping[str, Place], n_tok: int) ->
     for one in units:
         place = places[one.name]
         touched = 1 - (1 - one.use) ** n_tok
-        if place == "stream":
-            copy += one.n_bytes / H2D
-        if place == "cpu":
-            compute += touched * one.n_bytes * max(1.0, n_tok / 10) / CPU
-        else:
-            compute += touched * one.n_bytes * max(1.0, n_tok / 1000) / GPU
+        shares = (place.vram, place.stream) if isinstance(place, Split) else (0.0, 0.0)
+        streams = 1.0 if place == "stream" else shares[1]
+        on_cpu = 1.0 - sum(shares) if isinstance(place, Split) else float(place == "cpu")
+        copy += streams * one.n_bytes / H2D
+        compute += on_cpu * touched * one.n_bytes * max(1.0, n_tok / 10) / CPU
+        compute += (1 - on_cpu) * touched * one.n_bytes * max(1.0, n_tok / 1000) / GPU
     return max(copy, compute) + 1e-6
 
 
@@ -370,6 +370,21 @@ def test_even_split_divides_experts_by_number() -> None:
         here = [placement.places["decode"][f"blk.{i}.expert.{e}"] for e in range(8)]
         assert here == [placement.places["decode"][f"blk.0.expert.{e}"] for e in range(8)]
         assert here.count("vram") == here.index(next(p for p in here if p != "vram")) > 0
+
+
+def test_even_split_divides_experts_as_they_are_routed() -> None:
+    """Where few tokens pass; else, and where one side has all of them, each expert has a place of its own."""
+    units, n_split = MODELS["mixture"], 0
+    for part in (0.4, 0.6, 0.8):
+        placement = place("even_split", context(units, int(part * ALL["mixture"])))
+        for tier in TIERS:
+            places = placement.places[tier.name]
+            far = {places[u.name] for u in units if u.expert is not None} - {"vram"}
+            splits = [place for place in far if isinstance(place, Split)]
+            assert not splits or (tier.name == "decode" and len(far) == 1)
+            assert all(place.vram == 0 and 0 < place.stream < 1 for place in splits)
+            n_split += len(splits)
+    assert n_split > 0
 
 
 def test_experts_cpu() -> None:

@@ -226,6 +226,26 @@ def test_opening_a_tiny_model_stays_quick(llama: str) -> None:
     assert time.process_time() - start < 0.3
 
 
+def test_bus_and_cpu_divide_what_is_routed(hollow: Any, server: Profile) -> None:
+    """`auto` and `even_split`, in passes of so few tokens that routed experts are gathered; prompts copy them whole."""
+    model = hollow("Qwen3-30B-A3B", layers=4)
+    ops, streams = _core.Plan.tick_names()[2], _core.Plan.tick_names()[1]
+    for policy in ("auto", "even_split"):
+        plan = ps.simulate(model, vram="1GiB", profile=server, n_ctx=2048, policy=policy).plan
+        places = {
+            tier: {units[u.name] for u in model.units if u.expert is not None} - {"vram"}
+            for tier, units in plan.places.items()
+        }
+        assert isinstance(min(places["decode"], key=str), ps.Split)
+        assert len(places["decode"]) == len(places["verify"]) == 1
+        assert not any(isinstance(place, ps.Split) for place in places["prefill"] | places["batch"])
+        assert policy != "auto" or "share those that are routed" in plan.explain()
+        ticks = plan.bind(model).ticks(1)
+        gathers = [t for t in ticks if t["op"] >= 0 and ops[t["op"]] == "gather_experts"]
+        both = ["cpu", "compute"] * model.hparams["n_layer"]
+        assert [streams[t["stream"]] for t in gathers] == both
+
+
 def test_many_sequences(hollow: Any, server: Profile) -> None:
     model = hollow("Qwen3-30B-A3B", layers=12)
     one, many = (
