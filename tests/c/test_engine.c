@@ -354,13 +354,14 @@ PS_TEST(cuda_agrees_with_the_reference)
         setup host = {.file = models[i], .device = "host", .chunk_tok = 16};
         uint64_t n = 0, m = 0;
         float *want = run_all(&host, &n);
-        for (int round = 0; want != NULL && round < 7; round++) {
+        for (int round = 0; want != NULL && round < 9; round++) {
             static const uint32_t chunks[] = {64, 16, 7};
             setup cuda = {.file = models[i],
                 .device = "cuda",
                 .seed = round > 1 ? (uint64_t)(round * 31 + i) : 0,
-                .split = round > 4 ? round - 4 : 0,
+                .split = round == 5 || round == 6 ? round - 4 : 0,
                 .stream_all = round == 1,
+                .own_residents = round > 6,
                 .n_slots = round == 0 ? 0 : 2 + (uint32_t)round % 3,
                 .slot_bytes = 512 << 10,
                 .chunk_tok = chunks[round % 3],
