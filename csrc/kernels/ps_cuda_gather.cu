@@ -55,7 +55,7 @@ PS_DEVICE bool starts_shared(
 
 /* Takes the first assignments away from shared experts that are the other side's. By one warp, 32
  * assignments at a time: how many begin a shared expert, and then the rank of each among those.
- * What one lane writes, another has read before the ballot or reads behind the barrier. */
+ */
 PS_DEVICE void divide(const ps_gather_experts_args &a, uint32_t n_assign, uint32_t *first)
 {
     const uint32_t lane = threadIdx.x;
@@ -68,6 +68,7 @@ PS_DEVICE void divide(const ps_gather_experts_args &a, uint32_t n_assign, uint32
         const bool starts = starts_shared(a, n_assign, first, i0 + lane);
         const uint32_t all = __ballot_sync(PS_FULL_WARP, starts);
         const uint32_t rank = before + (uint32_t)__popc(all & ((1u << lane) - 1));
+        __syncwarp(); /* a ballot orders no memory, and others read what is written now */
         if (starts && (rank < n_gpu) == (a.rest != 0)) first[expert_of(a, i0 + lane)] = n_assign;
         before += (uint32_t)__popc(all);
         __syncwarp();
