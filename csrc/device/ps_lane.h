@@ -21,7 +21,7 @@ extern "C" {
 
 enum {
     PS_LANE_CAP_JOBS = PS_CPU_QUEUE, /* operations ahead of the thread before enqueueing blocks */
-    PS_HUB_CAP_FLAGS = 4096,         /* distinct flag words of a device */
+    PS_HUB_CAP_FLAGS = 65536, /* distinct flag words of a device: some for each chunk and layer */
 };
 
 typedef struct ps_lane ps_lane;

@@ -631,6 +631,24 @@ static void *abort_later(void *arg)
     return NULL;
 }
 
+/* A prompt cut into small chunks hands over thousands of times in one pass, each time by a word of
+ * its own. */
+DEVICE_TEST(thousands_of_flags)
+{
+    enum { N_FLAGS = 6000, STRIDE = 16 };
+    uint32_t *h = NULL;
+    DO_OK(ps_device_locked_alloc(f->d, N_FLAGS * STRIDE * 4, (void **)&h, &f->err));
+    memset(h, 0, N_FLAGS * STRIDE * 4);
+    for (int i = 0; i < N_FLAGS; i++) {
+        DO_OK(ps_device_flag_set(f->d, f->compute, h + i * STRIDE, 1, &f->err));
+        DO_OK(ps_device_flag_wait(f->d, f->cpu, h + i * STRIDE, 1, &f->err));
+    }
+    DO_OK(ps_device_sync(f->d, f->compute, &f->err));
+    DO_OK(ps_device_sync(f->d, f->cpu, &f->err));
+    PS_CHECK_EQ(h[(N_FLAGS - 1) * STRIDE], 1);
+    ps_device_locked_free(f->d, h);
+}
+
 DEVICE_TEST(abort_releases_flag_waits)
 {
     uint32_t *h = NULL;
