@@ -36,6 +36,12 @@ _DISK_BYTES_PER_S = 3e9  # of a disk that nobody measured: an NVMe drive's
 # Filling a slot by the CPU moves each byte three times: read, and written after its line was fetched.
 _FILL_MOVES = 3.0
 _BOUNCED, _ON_DISK = 1, 2  # as the core has them
+# Attention reads keys that lie in host memory at this part of the rate of gathers, which do nothing else: at 18 of 50
+# GB/s on an H200 (traces of decoding there).
+_KV_ON_BUS = 0.36
+# By how much longer copies take beside a CPU that reads memory, at least: 7 to 19 % in passes on a machine with an
+# H200, though a profile's test, which reads little, measures next to nothing there.
+_COPIES_BESIDE_CPU = 0.12
 _PROBE = Shape(None, 1, 1 << 26, 1 << 25)  # by which it is asked how things slow each other down
 
 
@@ -264,7 +270,8 @@ class Simulator:
         node = self.cost.seconds("graph_node", Shape(), "fixed") if graph else 0.0
         near = self.cost.seconds(name, shape, "vram")
         if bus_bytes:  # what the GPU reads from host memory itself, while it reads what is near
-            near = max(near, self.cost.seconds("gather", Shape(bytes=bus_bytes), "h2d"))
+            far = self.cost.seconds("gather", Shape(bytes=bus_bytes), "h2d")
+            near = max(near, far / _KV_ON_BUS if name == "attn" and not self.is_virtual else far)
         return near + node
 
     def _contended(
@@ -293,7 +300,8 @@ class Simulator:
         slower[computed] *= 1.0 + cpu.share(on_bus) * held_up
         # Both halves of the bus, where both want it; one that wants less than half is not kept waiting.
         lost = beside_copies @ np.minimum(1.0, part / np.maximum(1.0 - part, 1e-9))
-        both = copies.share(cpu.during(copies).sum()) * self._more("copy", "h2d", "cpu")
+        held_up_too = max(_COPIES_BESIDE_CPU, self._more("copy", "h2d", "cpu"))
+        both = copies.share(cpu.during(copies).sum()) * held_up_too
         slower[copying] *= 1.0 + both + copies.share(lost)
         slower[reading] += beside_copies * np.maximum(0.0, 2.0 * part - 1.0)
         slower[reading] += beside_cpu * self._more("gather", "h2d", "cpu")
