@@ -130,7 +130,7 @@ def synth(
                 if weights:
                     work.fill(part, data_start, router, progress)
                 else:
-                    os.truncate(part, data_start + sum(_padded(t.n_bytes) for t in plan))
+                    _leave_hole(part, shape, plan, data_start, seed)
             finally:
                 executor.shutdown(cancel_futures=True)
         os.replace(part, path)
@@ -211,6 +211,20 @@ def _write_metadata(
     finally:
         writer.close()
     return _padded(path.stat().st_size)
+
+
+def _leave_hole(
+    path: Path, shape: Shape, plan: Sequence[Tensor], data_start: int, seed: int
+) -> None:
+    """Only the tables of rope factors, which opening a file looks at."""
+    os.truncate(path, data_start + sum(_padded(t.n_bytes) for t in plan))
+    at = data_start
+    with path.open("r+b") as file:
+        for tensor in plan:
+            if tensor.role.startswith("rope_"):
+                file.seek(at)
+                file.write(_small(tensor, shape, seed).tobytes())
+            at += _padded(tensor.n_bytes)
 
 
 # -- the small tensors ----------------------------------------------------------------------------

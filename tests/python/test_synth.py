@@ -14,6 +14,7 @@ import pytest
 import reference
 from gguf.quants import dequantize
 
+import pipeshard as ps
 from pipeshard import synth as synth_module
 from pipeshard import synth_blocks, synth_models, synth_vocab
 from pipeshard.errors import FileError, RequestError
@@ -427,3 +428,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert all(name in listed for name in [*MODELS, "iq4_xs"])
     assert synth_module.main(["nonsense"]) == 1
     assert "nonsense" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["Llama-3.1-8B", "tiny-llama3", "tiny-phi3", "Qwen3-4B"])
+def test_headers_without_weights_are_models(name: str, tmp_path: Path) -> None:
+    """Plans are made from them: what opening a file looks at is there, and nothing else takes room on the disk."""
+    path = tmp_path / "m.gguf"
+    synth(name, path, weights=False, progress=False)
+    found = ps.simulate(
+        path, vram="4GiB", profile=False, n_ctx=256, n_prompt=100, policy="full_shard"
+    )
+    assert found.tps > 0
+    assert path.stat().st_blocks * 512 < 32 << 20
