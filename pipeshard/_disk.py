@@ -17,19 +17,22 @@ __all__ = ["time_reads"]
 
 _SHARE_BYTES = 1 << 20  # of a read, as the core cuts what fills a slot
 _LEAST_BYTES = 16 << 20  # less says more of latency than of the rate
+_BLOCK_BYTES = 512  # of st_blocks, whatever the file system's are
 _MIN_THREADS, _MAX_THREADS = 2, 6
 
 
 def time_reads(path: str | Path, limit_s: float = 0.25) -> tuple[int, float] | None:
-    """Bytes read, and the seconds that they took. None where that is not to be known: the file is small, cannot be
-    read, or its file system has no reads past the page cache, which would be timed instead."""
+    """Bytes read, and the seconds that they took. None where that is not to be known: the file is small or a hole,
+    cannot be read, or its file system has no reads past the page cache, which would be timed instead."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
         return None
     try:
-        n_shares = os.fstat(file).st_size // _SHARE_BYTES
-        if n_shares * _SHARE_BYTES < _LEAST_BYTES:
+        status = os.fstat(file)
+        n_shares = status.st_size // _SHARE_BYTES
+        is_hole = status.st_blocks * _BLOCK_BYTES < status.st_size // 2
+        if is_hole or n_shares * _SHARE_BYTES < _LEAST_BYTES:
             return None
         return _time_shares(file, n_shares, limit_s)
     except OSError:

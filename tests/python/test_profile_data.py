@@ -128,9 +128,10 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_shipped_ones_load_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "rtx4060-laptop-datasheet.json" in shipped()
+    assert shipped() == ["ci-2-cpus.json", "h200-16-cpus.json", "rtx4060-laptop-datasheet.json"]
     for name in shipped():
         assert Profile.load(name).samples
+        assert (Profile.load(name).source == "measured") == ("datasheet" not in name)
     assert Profile.load("rtx4060-laptop-datasheet.json").source == "datasheet"
     PROFILE.save("rtx4060-laptop-datasheet.json")  # a file that is there goes first
     assert Profile.load("rtx4060-laptop-datasheet.json") == PROFILE

@@ -287,6 +287,19 @@ def test_a_machine_without_a_gpu(hollow: Any) -> None:
         assert "TPS" in run.plan.explain()
 
 
+def test_measured_profiles_that_come_along(hollow: Any) -> None:
+    """By the H200's, more budget is no slower and what fits is read at a few TB/s; the other has no GPU."""
+    model = hollow("Llama-3.1-8B", fmt="q4_0")
+    runs = ps.simulate(model, vram=["2GiB", "16GiB"], profile="h200-16-cpus.json", n_ctx=2048)
+    assert runs[0].ttft_s >= runs[1].ttft_s
+    assert runs[0].tps < runs[1].tps
+    assert 0.15 < runs[1].tps * model.n_bytes / 4.3e12 < 1
+    alone = ps.simulate(model, vram=0, profile="ci-2-cpus.json", n_ctx=2048)
+    assert not alone.plan.accelerator
+    assert 2 < alone.tps < 10
+    assert {run.source for run in (*runs, alone)} == {"measured"}
+
+
 # ---- what slows each other down ----
 
 
