@@ -36,9 +36,9 @@ _DISK_BYTES_PER_S = 3e9  # of a disk that nobody measured: an NVMe drive's
 # Filling a slot by the CPU moves each byte three times: read, and written after its line was fetched.
 _FILL_MOVES = 3.0
 _BOUNCED, _ON_DISK = 1, 2  # as the core has them
-# Attention reads keys that lie in host memory at this part of the rate of gathers, which do nothing else: at 18 of 50
+# Attention reads keys that lie in host memory at this part of the rate of gathers, which do nothing else: at 21 of 50
 # GB/s on an H200 (traces of decoding there).
-_KV_ON_BUS = 0.36
+_KV_ON_BUS = 0.42
 # By how much longer copies take beside a CPU that reads memory, at least: 7 to 19 % in passes on a machine with an
 # H200, though a profile's test, which reads little, measures next to nothing there.
 _COPIES_BESIDE_CPU = 0.12
@@ -200,12 +200,7 @@ class Simulator:
     @staticmethod
     def _fill(core: _core.Plan, n_tok: int, max_kv: int) -> float:
         """Of the keys that a small pass is lowered for, so that it serves others too, the share that is there."""
-        if n_tok > GRAPH_TOK:
-            return 1.0
-        bucket = 256
-        while bucket < max_kv:
-            bucket *= 2
-        return max_kv / bucket
+        return 1.0 if n_tok > GRAPH_TOK else max_kv / max(max_kv, core.kv_bucket(n_tok, max_kv))
 
     def _price(self, ticks: npt.NDArray[np.void], graph: bool, fill: float) -> _Priced:
         """Seconds of each tick with nothing beside it. Most ticks of a pass are alike, so few are asked about."""

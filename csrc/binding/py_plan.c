@@ -279,6 +279,17 @@ static PyObject *plan_held_after(PyObject *self, PyObject *args)
     return PyLong_FromUnsignedLong(ps_plan_held_after(core, held, shape.tier));
 }
 
+PyDoc_STRVAR(kv_bucket_doc, "kv_bucket(n_tok, max_kv) -> int\n\nThe number of keys that a pass of "
+                            "so many tokens is lowered "
+                            "for when there are max_kv of them: so that it serves others too.");
+
+static PyObject *plan_kv_bucket(PyObject *self, PyObject *args)
+{
+    uint32_t n_tok = 0, max_kv = 0;
+    if (!PyArg_ParseTuple(args, "O&O&", py_to_u32, &n_tok, py_to_u32, &max_kv)) return NULL;
+    return PyLong_FromUnsignedLong(ps_pass_kv_bucket(py_plan_get(self), n_tok, max_kv));
+}
+
 PyDoc_STRVAR(tick_names_doc,
     "tick_names() -> tuple\n\nNames by number of a tick's kinds, streams, ops and formats.");
 
@@ -397,6 +408,7 @@ static PyMethodDef METHODS[] = {
     {"ticks", (PyCFunction)(void (*)(void))py_plan_ticks, METH_VARARGS | METH_KEYWORDS, ticks_doc},
     {"walk", (PyCFunction)(void (*)(void))py_plan_walk, METH_VARARGS | METH_KEYWORDS, walk_doc},
     {"held_after", plan_held_after, METH_VARARGS, held_after_doc},
+    {"kv_bucket", plan_kv_bucket, METH_VARARGS, kv_bucket_doc},
     {"tick_names", py_plan_tick_names, METH_NOARGS | METH_STATIC, tick_names_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -311,6 +311,14 @@ def gather_sample(n_bytes: int, seconds: float, load: str = "idle") -> Sample:
     return Sample("h2d", "gather", None, 1, 0, n_bytes, seconds, load=load)
 
 
+def test_a_context_ends_before_its_bucket(llama: str) -> None:
+    """A token is lowered for up to twice its keys, so that the list serves others, but for no more than there can be."""
+    plan = ps.simulate(llama, vram="1GiB", profile=False, n_ctx=300, n_prompt=100).plan
+    core = plan.bind(ps.Model(llama))
+    assert Simulator._fill(core, 1, 128) == 0.5
+    assert Simulator._fill(core, 1, 290) > 0.9
+
+
 def test_a_gather_starts_once(hollow: Any, server: Profile) -> None:
     """Measured gathers are whole ops: nothing is added for their start."""
     model = hollow("Qwen3-30B-A3B", layers=4)
