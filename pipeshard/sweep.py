@@ -385,8 +385,11 @@ def plan_sha(plan: Plan) -> str:
 
 @functools.cache
 def _commit() -> str | None:
-    """Of the checkout that the package was imported from, "+" where it has changes; None outside of one."""
+    """Of the checkout that the package was imported from, "+" where it has changes; None outside of one. What
+    PIPESHARD_COMMIT says goes first: a copy of a checkout does not know."""
     folder = Path(__file__).parent
+    if given := os.environ.get("PIPESHARD_COMMIT"):
+        return given
 
     def git(*args: str) -> str:
         done = subprocess.run(

@@ -312,7 +312,7 @@ def gather_sample(n_bytes: int, seconds: float, load: str = "idle") -> Sample:
 
 
 def test_a_context_ends_before_its_bucket(llama: str) -> None:
-    """A token is lowered for up to twice its keys, so that the list serves others, but for no more than there can be."""
+    """A token is lowered for up to twice its keys, so that the list serves others; for no more than there can be."""
     plan = ps.simulate(llama, vram="1GiB", profile=False, n_ctx=300, n_prompt=100).plan
     core = plan.bind(ps.Model(llama))
     assert Simulator._fill(core, 1, 128) == 0.5
