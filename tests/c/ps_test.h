@@ -193,15 +193,16 @@ __attribute__((unused)) static inline void ps_test_oom_sweep(
     ps_test_oom_steps(fn, ctx, 1);
 }
 
-/* The same where fn opens an engine: ThreadSanitizer looks for races, of which the many refusals
- * alike have the same ones. */
+/* The same where fn opens an engine. The build without sanitizers walks all refusals and counts
+ * what each leaves behind; the sanitizers look for faults of which refusals alike have the same
+ * ones. */
 __attribute__((unused)) static inline void ps_test_oom_long_sweep(
     ps_status (*fn)(void *ctx, ps_err *err), void *ctx)
 {
 #ifdef __SANITIZE_THREAD__
-    ps_test_oom_steps(fn, ctx, ps_test_step(7));
+    ps_test_oom_steps(fn, ctx, ps_test_step(17));
 #else
-    ps_test_oom_steps(fn, ctx, 1);
+    ps_test_oom_steps(fn, ctx, ps_test_step(3));
 #endif
 }
 

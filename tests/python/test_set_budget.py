@@ -314,13 +314,17 @@ def no_fault_left() -> Iterator[None]:
     _core._heap_fail_after(-1)
 
 
-def test_each_host_allocation_of_the_change_refused_once(no_fault_left: None, heap: None) -> None:
+@pytest.mark.parametrize("policy", ["layer_split", "auto"])
+def test_each_host_allocation_of_the_change_refused_once(
+    policy: str, no_fault_left: None, heap: None
+) -> None:
+    """Of `auto`, which asks for memory thousands of times alike while it decides, some."""
     model = ps.Model(GOLDEN / "llama.q4_k_m.gguf")
     few, many = 700 << 10, 1 << 20
-    with open_engine(model, many) as engine:
+    with open_engine(model, many, policy=policy) as engine:
         expected = engine.generate(PROMPT, **GREEDY)
-        n_refused = 0
-        for after in itertools.count(0, 3):
+        n_refused = after = 0
+        while True:
             _core._heap_fail_after(after)
             try:
                 engine.set_budget(few)
@@ -335,4 +339,5 @@ def test_each_host_allocation_of_the_change_refused_once(no_fault_left: None, he
                 break
             assert engine.stats["budget_bytes"] == many
             assert engine.generate(PROMPT, **GREEDY) == expected
+            after += 1 + after // 20 if policy == "auto" else 2
         assert n_refused > 20
