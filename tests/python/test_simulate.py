@@ -207,14 +207,15 @@ def test_auto_looks_at_others_with_ops_of_their_own_size(
 
 @pytest.mark.parametrize("policy", ["auto", "paper"])
 def test_deciding_is_quick(hollow: Any, server: Profile, policy: str) -> None:
-    """94 layers of 128 experts, explained. CPU seconds, for other tests run beside this one; the goal is 1."""
+    """94 layers of 128 experts, explained. The goal is a second; the limit is for slow machines, and in CPU seconds,
+    for other tests run beside this one."""
     model = hollow("Qwen3-235B-A22B")
     assert len(model.units) > 12_000
     start = time.process_time()
     run = ps.simulate(model, vram="16GiB", profile=server, policy=policy)
     text = run.plan.explain()
     assert run.plan.placement.per_tier_residency == (policy == "paper")
-    assert time.process_time() - start < 2
+    assert time.process_time() - start < 4
     assert len(text.splitlines()) < 150
 
 
