@@ -58,22 +58,17 @@ static ps_dptr host_dptr(const void *p)
 
 static ps_status take_spaces(ps_exec *x, ps_err *err)
 {
-    static const struct {
-        ps_space space;
-        ps_mem_kind kind;
-    } rows[] = {{PS_SPACE_DEV_WEIGHTS, PS_MEM_WEIGHTS}, {PS_SPACE_DEV_RING, PS_MEM_RING},
-        {PS_SPACE_DEV_KV, PS_MEM_KV}, {PS_SPACE_DEV_ACT, PS_MEM_ACT},
-        {PS_SPACE_DEV_BATCH, PS_MEM_BATCH}, {PS_SPACE_DEV_CONST, PS_MEM_BATCH}};
     const ps_plan *p = x->plan;
     if (!p->spec.accelerator) return PS_OK;
     uint64_t carved = p->needed_bytes - p->bytes_by_kind[PS_MEM_GRAPH];
     PS_TRY(ps_arena_init(&x->arena, x->device, carved, p->spec.budget_bytes, err));
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    for (size_t i = 0; i < PS_DEV_SPACE_COUNT; i++) {
+        ps_dev_space row = ps_dev_spaces[i];
         uint64_t n_bytes =
-            ps_div_up_u64(p->space_bytes[rows[i].space], PS_ARENA_ALIGN) * PS_ARENA_ALIGN;
+            ps_div_up_u64(p->space_bytes[row.space], PS_ARENA_ALIGN) * PS_ARENA_ALIGN;
         if (n_bytes == 0) continue;
-        PS_TRY(ps_arena_take(&x->arena, rows[i].kind, p->dev_base[rows[i].space], n_bytes,
-            &x->bases.space[rows[i].space], err));
+        PS_TRY(ps_arena_take(
+            &x->arena, row.kind, p->dev_base[row.space], n_bytes, &x->bases.space[row.space], err));
     }
     return PS_OK;
 }

@@ -568,19 +568,18 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
     return PS_OK;
 }
 
+const ps_dev_space ps_dev_spaces[PS_DEV_SPACE_COUNT] = {{PS_SPACE_DEV_WEIGHTS, PS_MEM_WEIGHTS},
+    {PS_SPACE_DEV_RING, PS_MEM_RING}, {PS_SPACE_DEV_KV, PS_MEM_KV}, {PS_SPACE_DEV_ACT, PS_MEM_ACT},
+    {PS_SPACE_DEV_BATCH, PS_MEM_BATCH}, {PS_SPACE_DEV_CONST, PS_MEM_BATCH}};
+
 static void sum_up(ps_plan *p)
 {
-    static const struct {
-        ps_space space;
-        ps_mem_kind kind;
-    } rows[] = {{PS_SPACE_DEV_WEIGHTS, PS_MEM_WEIGHTS}, {PS_SPACE_DEV_RING, PS_MEM_RING},
-        {PS_SPACE_DEV_KV, PS_MEM_KV}, {PS_SPACE_DEV_ACT, PS_MEM_ACT},
-        {PS_SPACE_DEV_BATCH, PS_MEM_BATCH}, {PS_SPACE_DEV_CONST, PS_MEM_BATCH}};
     uint64_t at = 0;
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        p->dev_base[rows[i].space] = at;
-        uint64_t n = align_up(p->space_bytes[rows[i].space]);
-        p->bytes_by_kind[rows[i].kind] += n;
+    for (size_t i = 0; i < PS_DEV_SPACE_COUNT; i++) {
+        ps_dev_space row = ps_dev_spaces[i];
+        p->dev_base[row.space] = at;
+        uint64_t n = align_up(p->space_bytes[row.space]);
+        p->bytes_by_kind[row.kind] += n;
         at += n;
     }
     if (p->uses[PS_SIDE_DEV]) p->bytes_by_kind[PS_MEM_GRAPH] = p->spec.graph_reserve_bytes;

@@ -77,6 +77,14 @@ typedef enum ps_space {
 } ps_space;
 const char *ps_space_name(ps_space space);
 
+/* The spaces of the arena in its order, and as what they are counted. */
+enum { PS_DEV_SPACE_COUNT = 6 };
+typedef struct ps_dev_space {
+    ps_space space;
+    ps_mem_kind kind;
+} ps_dev_space;
+extern const ps_dev_space ps_dev_spaces[PS_DEV_SPACE_COUNT];
+
 /* Packed into the ps_dptr fields of op arguments until they are bound: space in the top byte. */
 static inline ps_dptr ps_ref(ps_space space, uint64_t offset)
 {
