@@ -225,12 +225,20 @@ static const char *const models[] = {"llama.q4_k_m.gguf", "mixtral.q4_0.gguf", "
     "gemma3.q4_0.gguf", "phi3.q4_1.gguf", "gpt-oss.mxfp4.gguf"};
 enum { N_MODELS = sizeof models / sizeof *models };
 
+static void check_same_bits(const setup *s, const float *want, uint64_t n)
+{
+    uint64_t m = 0;
+    float *got = run_all(s, &m);
+    PS_CHECK(got != NULL && n == m && memcmp(want, got, n * sizeof *want) == 0);
+    ps_free(got);
+}
+
 PS_TEST(same_bits_under_every_placement)
 {
     int rounds = ps_test_long() ? 24 : PS_TEST_SLOW_BUILD ? 2 : 4;
     for (int i = 0; i < N_MODELS; i += (int)ps_test_step(4)) {
         setup host = {.file = models[i], .device = "host", .chunk_tok = 16};
-        uint64_t n = 0, m = 0;
+        uint64_t n = 0;
         ps_test_case("%s on host", models[i]);
         float *want = run_all(&host, &n);
         for (int round = 0; want != NULL && round < rounds; round++) {
@@ -247,9 +255,7 @@ PS_TEST(same_bits_under_every_placement)
                 .options = {.emu_delays = round > 1, .emu_seed = (uint64_t)round}};
             if (round == 1) emu.seed = 0;
             ps_test_case("%s on emu, round %d", models[i], round);
-            float *got = run_all(&emu, &m);
-            PS_CHECK(got != NULL && n == m && memcmp(want, got, n * sizeof *want) == 0);
-            ps_free(got);
+            check_same_bits(&emu, want, n);
         }
         ps_free(want);
     }
@@ -262,7 +268,7 @@ PS_TEST(same_bits_with_residents_of_each_tier)
     int rounds = ps_test_long() ? 12 : PS_TEST_SLOW_BUILD ? 1 : 2;
     for (int i = 0; i < N_MODELS; i += (int)ps_test_step(4)) {
         setup host = {.file = models[i], .device = "host", .chunk_tok = 16};
-        uint64_t n = 0, m = 0;
+        uint64_t n = 0;
         ps_test_case("%s on host", models[i]);
         float *want = run_all(&host, &n);
         for (int j = 0; want != NULL && j < rounds; j++) {
@@ -278,9 +284,7 @@ PS_TEST(same_bits_with_residents_of_each_tier)
                 .kv = round % 2,
                 .options = {.emu_delays = round > 0, .emu_seed = (uint64_t)round}};
             ps_test_case("%s on emu, round %d", models[i], round);
-            float *got = run_all(&emu, &m);
-            PS_CHECK(got != NULL && n == m && memcmp(want, got, n * sizeof *want) == 0);
-            ps_free(got);
+            check_same_bits(&emu, want, n);
         }
         ps_free(want);
     }
@@ -292,7 +296,7 @@ PS_TEST(same_bits_with_residents_of_each_tier)
 PS_TEST(same_bits_however_experts_travel)
 {
     setup host = {.file = "qwen3moe.q4_k_m.gguf", .device = "host", .chunk_tok = 16};
-    uint64_t n = 0, m = 0;
+    uint64_t n = 0;
     ps_test_case("%s on host", host.file);
     float *want = run_all(&host, &n);
     for (int round = 0; want != NULL && round < 2; round++) {
@@ -305,9 +309,7 @@ PS_TEST(same_bits_however_experts_travel)
             .graphs = true,
             .options = {.emu_delays = true, .emu_seed = (uint64_t)round}};
         ps_test_case("%s on emu, round %d", host.file, round);
-        float *got = run_all(&emu, &m);
-        PS_CHECK(got != NULL && n == m && memcmp(want, got, n * sizeof *want) == 0);
-        ps_free(got);
+        check_same_bits(&emu, want, n);
     }
     ps_free(want);
     ps_test_case("%s", "");
@@ -403,7 +405,7 @@ static void limit_and_compare(const setup *roomy, int kind, const ps_exec_stats 
     setup s = *roomy;
     ps_exec_stats now = {0};
     ps_err err = {0};
-    uint64_t m = 0, locked = (uint64_t)((double)all->locked_bytes * share),
+    uint64_t locked = (uint64_t)((double)all->locked_bytes * share),
              ram = (uint64_t)((double)all->ram_bytes * share);
     if (kind == 0) s.locked_limit = locked;
     if (kind == 1) s.ram_limit = ram;
@@ -420,9 +422,7 @@ static void limit_and_compare(const setup *roomy, int kind, const ps_exec_stats 
     PS_CHECK(s.locked_limit == 0 || now.locked_bytes <= s.locked_limit);
     PS_CHECK(s.ram_limit == 0 || now.ram_bytes <= s.ram_limit);
     PS_CHECK(s.ram_limit != 0 || now.locked_bytes < all->locked_bytes);
-    float *got = run_all(&s, &m);
-    PS_CHECK(got != NULL && n == m && memcmp(got, want, n * sizeof *got) == 0);
-    ps_free(got);
+    check_same_bits(&s, want, n);
 }
 
 PS_TEST(the_same_bits_from_little_host_memory)
@@ -547,7 +547,7 @@ PS_TEST(a_disk_that_refuses_or_gives_little)
         {.n_good = -1, .most_bytes = 4096}, {.n_good = -1, .most_bytes = 1000}, /* off the grid */
     };
     setup s = on_disk;
-    uint64_t n = 0, m = 0;
+    uint64_t n = 0;
     float *want = run_all(&s, &n);
     for (size_t i = 0; i < sizeof disks / sizeof *disks && want != NULL; i += ps_test_step(2)) {
         disk d = {.n_good = -1, .fault = disks[i].fault, .most_bytes = disks[i].most_bytes};
@@ -560,9 +560,7 @@ PS_TEST(a_disk_that_refuses_or_gives_little)
         close_rig(&r);
         d.direct_only = disks[i].direct_only;
         d.n_good = disks[i].n_good;
-        float *got = run_all(&s, &m);
-        PS_CHECK(got != NULL && n == m && memcmp(got, want, n * sizeof *got) == 0);
-        ps_free(got);
+        check_same_bits(&s, want, n);
         if (i < 2) {
             d.n_good = 0;
             PS_REQUIRE_OK(open_rig(&s, &r, &err), &err);
