@@ -65,6 +65,7 @@ static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
         }
         if (g->n_bytes == 0) g->first = i;
         g->n = i + 1 - g->first;
+        g->n_here++;
         g->n_bytes += ring_share(l, first + i);
     }
 }
@@ -145,8 +146,10 @@ static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
         if (l->measures) continue; /* of thousands of experts the tables are most of the work */
         if (p->share > 0 || (p->gathers && side == PS_SIDE_DEV))
             set_image(l, p, i, first + i);
-        else if (!rides(l, first + i))
+        else if (!rides(l, first + i)) {
             set_expert(l, side, &p->group[0], i, first + i);
+            p->group[0].n_here += side == PS_SIDE_DEV;
+        }
         /* Any address will do for "made here"; that of the table itself is never null. */
         if (p->n_groups > 1)
             ps_emit_table_set(
@@ -191,7 +194,8 @@ static route_refs routes(const lowering *l, ps_side side, uint32_t n_tok)
 
 typedef struct expert_tables { /* what the ops on experts go by */
     ps_dptr gate, up, down;
-    ps_range ring; /* what of it they point to; n_bytes 0: nothing */
+    uint32_t n_here; /* how many experts they name; 0: the routing decides */
+    ps_range ring;   /* what of it they point to; n_bytes 0: nothing */
 } expert_tables;
 
 /* Of a group that has been streamed. */
@@ -202,7 +206,8 @@ static expert_tables tables_of(
     uint64_t at = l->plan->tables_offset;
     expert_tables t = {.gate = in_const(side, at + g->gate * sizeof(ps_dptr)),
         .up = in_const(side, at + g->up * sizeof(ps_dptr)),
-        .down = in_const(side, at + g->down * sizeof(ps_dptr))};
+        .down = in_const(side, at + g->down * sizeof(ps_dptr)),
+        .n_here = side == PS_SIDE_DEV ? g->n_here : 0};
     if (side == PS_SIDE_DEV && g->n_bytes > 0)
         t.ring = (ps_range){
             ps_ref(PS_SPACE_DEV_RING, l->ring_at[first + g->first]), g->n_bytes, PS_READ};
@@ -282,7 +287,8 @@ static void emit_experts(
         .ldx = hp->n_embd,
         .fmt_gate = ps_model_find(l->model, expert, PS_W_GATE)->fmt,
         .fmt_up = ps_model_find(l->model, expert, PS_W_UP)->fmt,
-        .act = hp->act};
+        .act = hp->act,
+        .n_here = tables->n_here};
     ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_UP, &up, extra, n_extra);
     ps_moe_down_args down = {.h = h,
         .y = y,
@@ -296,7 +302,8 @@ static void emit_experts(
         .n_expert = hp->n_expert,
         .n_ff = hp->n_ff_expert,
         .n_rows = hp->n_embd,
-        .fmt = ps_model_find(l->model, expert, PS_W_DOWN)->fmt};
+        .fmt = ps_model_find(l->model, expert, PS_W_DOWN)->fmt,
+        .n_here = tables->n_here};
     ps_emit_run(l->e, c.side, (int32_t)router, PS_OP_MOE_DOWN, &down, extra, n_extra);
 }
 

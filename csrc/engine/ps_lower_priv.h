@@ -12,6 +12,7 @@
 typedef struct expert_group {
     uint32_t gate, up, down; /* first entries in the pass's tables */
     uint32_t first, n; /* streamed experts first .. first + n - 1, some of which may not stream */
+    uint32_t n_here;   /* experts in its tables on the accelerator */
     uint64_t n_bytes;  /* in the ring; 0: nothing streams */
 } expert_group;
 

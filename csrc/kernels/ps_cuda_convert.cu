@@ -20,31 +20,80 @@ PS_DEVICE float row_scale(float max)
     return __uint_as_float((uint32_t)(exponent > 1 ? exponent : 1) << 23);
 }
 
-/* Grid: rows. A thread takes pairs of columns. */
-static __global__ void __launch_bounds__(256) k_to16(const __grid_constant__ ps_to16_params p)
+/* A thread's share of a row: its largest value, and pairs of columns to 16 bits. */
+PS_DEVICE float max_of_share(
+    const ps_to16_params &p, uint64_t row, uint32_t thread, uint32_t n_threads)
 {
-    __shared__ float part[32];
-    ps_dep_wait();
-    const float *x = p.x + (uint64_t)blockIdx.x * p.ldx;
-    uint32_t *out = (uint32_t *)(p.x16 + (uint64_t)blockIdx.x * p.ldx16); /* ldx16 is even */
-    float scale = 1.0f, inverse = 1.0f;
-    if (!p.bf16) {
-        float max = 0.0f;
-        for (uint32_t c = threadIdx.x; c < p.n_cols; c += blockDim.x) max = fmaxf(max, fabsf(x[c]));
-        scale = row_scale(ps_block_max(max, part));
-        inverse = __uint_as_float((254u << 23) - __float_as_uint(scale));
-    }
-    if (threadIdx.x == 0) p.scale[blockIdx.x] = scale;
-    for (uint32_t c = threadIdx.x; c < p.ldx16 / 2; c += blockDim.x) {
+    const float *x = p.x + row * p.ldx;
+    float max = 0.0f;
+    for (uint32_t c = thread; c < p.n_cols; c += n_threads) max = fmaxf(max, fabsf(x[c]));
+    return max;
+}
+
+PS_DEVICE void write_share(
+    const ps_to16_params &p, uint64_t row, uint32_t thread, uint32_t n_threads, float scale)
+{
+    const float *x = p.x + row * p.ldx;
+    const float inverse = __uint_as_float((254u << 23) - __float_as_uint(scale));
+    uint32_t *out = (uint32_t *)(p.x16 + row * p.ldx16); /* ldx16 is even */
+    if (thread == 0) p.scale[row] = scale;
+    for (uint32_t c = thread; c < p.ldx16 / 2; c += n_threads) {
         const float lo = 2 * c < p.n_cols ? x[2 * c] * inverse : 0.0f;
         const float hi = 2 * c + 1 < p.n_cols ? x[2 * c + 1] * inverse : 0.0f;
         out[c] = p.bf16 ? ps_pack_bf16(lo, hi) : ps_pack_f16(lo, hi);
     }
 }
 
-ps_status ps_cuda_to16(const ps_launch *launch, uint32_t n_rows, ps_to16_params *p)
+/* Grid: rows. */
+static __global__ void __launch_bounds__(256) k_to16(const __grid_constant__ ps_to16_params p)
 {
-    return ps_cuda_launch(launch, (const void *)k_to16, dim3(n_rows), 256, 0, p);
+    __shared__ float part[32];
+    ps_dep_wait();
+    float scale = 1.0f;
+    if (!p.bf16)
+        scale = row_scale(ps_block_max(max_of_share(p, blockIdx.x, threadIdx.x, blockDim.x), part));
+    write_share(p, blockIdx.x, threadIdx.x, blockDim.x, scale);
+}
+
+ps_status ps_cuda_to16(const ps_launch *launch, const ps_to16_params *p)
+{
+    return ps_cuda_launch(launch, (const void *)k_to16, dim3(p->n_x), 256, 0, p);
+}
+
+/* A layer whose experts stream runs in parts, each over all of the layer's assignments; rows that
+ * belong to other parts must cost no more than a look. */
+typedef struct routed_params {
+    ps_to16_params to16;
+    const int32_t *ids;
+    const uint64_t *w0, *w1;
+    uint32_t ids_a_row;
+} routed_params;
+
+/* Grid: rows, a warp each. */
+enum { ROUTED_WARPS = 8 };
+static __global__ void __launch_bounds__(ROUTED_WARPS * 32)
+    k_to16_routed(const __grid_constant__ routed_params p)
+{
+    ps_dep_wait();
+    const uint32_t lane = threadIdx.x % 32, row = blockIdx.x * ROUTED_WARPS + threadIdx.x / 32;
+    if (row >= p.to16.n_x) return;
+    bool taken = false;
+    for (uint32_t i = lane; i < p.ids_a_row; i += 32) {
+        const int32_t e = p.ids[(uint64_t)row * p.ids_a_row + i];
+        taken |= p.w0[e] != 0 && p.w1[e] != 0;
+    }
+    if (!__any_sync(PS_FULL_WARP, taken)) return;
+    float scale = 1.0f;
+    if (!p.to16.bf16) scale = row_scale(ps_warp_max(max_of_share(p.to16, row, lane, 32)));
+    write_share(p.to16, row, lane, 32, scale);
+}
+
+ps_status ps_cuda_to16_routed(const ps_launch *launch, const ps_to16_params *p, const ps_rows *r)
+{
+    const routed_params params = {
+        *p, r->ids, r->w0, r->mode == PS_ROWS_PAIR ? r->w1 : r->w0, r->x_div};
+    return ps_cuda_launch(launch, (const void *)k_to16_routed,
+        dim3(ps_div_up(p->n_x, ROUTED_WARPS)), ROUTED_WARPS * 32, 0, &params);
 }
 
 /* ---- weights ---- */

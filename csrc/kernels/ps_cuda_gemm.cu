@@ -9,6 +9,11 @@
  * 2; a warp's inputs are two groups of 16 rows, 64 apart, and groups beyond the tile's last input
  * are skipped, so that an expert with 20 tokens pays for 32 of the 128.
  *
+ * Who takes how many inputs only the GPU knows. The grid is for the experts that are here at an
+ * even share with some to spare; blocks go on to further tiles where there are more. (A block that
+ * finds no tile still takes about a microsecond of its place: for all tiles that there might be,
+ * these were two thirds of the time of a layer that streams in parts.)
+ *
  * Pipeline, one barrier a step: inputs (and 16-bit weights) arrive by asynchronous copies one or
  * two steps ahead. Blocks of quantised weights arrive 256 columns at a time as raw bytes and are
  * unpacked to 16 bits one step ahead of their use, into the tile that the step before last has
@@ -62,8 +67,13 @@ typedef struct tile_smem {
     float scale[TM];
 } tile_smem;
 
-/* Which expert the m-th tile of inputs belongs to: tiles are counted expert by expert. Every warp
- * searches for itself. False where there are fewer tiles. */
+PS_DEVICE bool is_here(const ps_rows &r, uint32_t expert)
+{
+    return r.w0[expert] != 0 && (r.mode != PS_ROWS_PAIR || r.w1[expert] != 0);
+}
+
+/* Which expert the m-th tile of inputs belongs to: tiles are counted over the experts that are
+ * here. Every warp searches for itself. False where there are fewer tiles. */
 PS_DEVICE bool find_expert_tile(
     const ps_rows &r, uint32_t m, uint32_t *expert, uint32_t *first, uint32_t *valid)
 {
@@ -71,8 +81,9 @@ PS_DEVICE bool find_expert_tile(
     uint32_t before = 0;
     for (uint32_t e0 = 0; e0 < r.n_expert; e0 += 32) {
         const uint32_t e = e0 + lane;
-        const uint32_t begin = e < r.n_expert ? (uint32_t)r.starts[e] : 0;
-        const uint32_t count = e < r.n_expert ? (uint32_t)r.starts[e + 1] - begin : 0;
+        const bool here = e < r.n_expert && is_here(r, e);
+        const uint32_t begin = here ? (uint32_t)r.starts[e] : 0;
+        const uint32_t count = here ? (uint32_t)r.starts[e + 1] - begin : 0;
         const uint32_t tiles = (count + TM - 1) / TM;
         uint32_t sum = tiles; /* of this lane and those below */
 #pragma unroll
@@ -95,29 +106,30 @@ PS_DEVICE bool find_expert_tile(
     return false;
 }
 
-/* Fills `s` for the block's tile; a barrier must follow. False: nothing to do. */
-PS_DEVICE bool locate_tile(const ps_gemm_params &p, tile_rows *t, tile_smem *s)
+/* Fills `s` for the m-th tile of inputs; a barrier must follow. False: there is none. */
+PS_DEVICE bool locate_tile(const ps_gemm_params &p, uint32_t m, tile_rows *t, tile_smem *s)
 {
     const ps_rows &r = p.rows;
     const uint32_t tid = threadIdx.x;
     const bool plain = r.mode == PS_ROWS_PARTS;
-    uint32_t first = blockIdx.y * TM;
+    uint32_t first = m * TM;
     uint64_t w0 = 0, w1 = 0;
     uint32_t n_rows = r.n_rows;
     t->expert = t->part = 0;
     t->n0 = blockIdx.x * (r.mode == PS_ROWS_PAIR ? TN / 2 : TN);
-    t->valid = plain && p.n_tok - first < TM ? p.n_tok - first : TM;
+    t->valid = TM;
     if (plain) {
+        if (first >= p.n_tok) return false;
+        if (p.n_tok - first < TM) t->valid = p.n_tok - first;
         t->part = (r.n_parts > 1 && blockIdx.x >= r.part[1].first) +
                   (r.n_parts > 2 && blockIdx.x >= r.part[2].first);
         t->n0 = (blockIdx.x - r.part[t->part].first) * TN;
         w0 = (uint64_t)r.part[t->part].w;
         n_rows = r.part[t->part].n_rows;
     } else {
-        if (!find_expert_tile(r, blockIdx.y, &t->expert, &first, &t->valid)) return false;
+        if (!find_expert_tile(r, m, &t->expert, &first, &t->valid)) return false;
         w0 = r.w0[t->expert];
         w1 = r.mode == PS_ROWS_PAIR ? r.w1[t->expert] : w0;
-        if (w0 == 0 || w1 == 0) return false;
     }
     if (tid < TM) {
         const bool in = tid < t->valid;
@@ -315,17 +327,11 @@ PS_DEVICE void store_tile(
         }
 }
 
-/* Grid: x over tiles of weight rows, y over tiles of inputs. Shared memory: a_stages tiles of
- * inputs; 2 tiles of weights (a_stages for 16-bit ones); 2 stages of raw blocks. */
+/* All columns of a tile that has been located; leaves no copy under way. */
 template <int F>
-__global__ void __launch_bounds__(THREADS, 2) k_gemm(const __grid_constant__ ps_gemm_params p)
+PS_DEVICE void make_tile(
+    const ps_gemm_params &p, const tile_rows &t, const tile_smem &s, uint8_t *smem)
 {
-    PS_DYNAMIC_SMEM(smem);
-    __shared__ tile_smem s;
-    ps_dep_wait();
-    tile_rows t;
-    if (!locate_tile(p, &t, &s)) return;
-    __syncthreads();
     uint16_t *a = (uint16_t *)smem, *b = a + p.a_stages * A_ELEMS;
     uint8_t *raw = (uint8_t *)(b + 2 * B_ELEMS); /* only with blocks */
     const uint32_t n_steps = (p.n_cols + TK - 1) / TK, ahead = p.a_stages - 1;
@@ -380,6 +386,22 @@ __global__ void __launch_bounds__(THREADS, 2) k_gemm(const __grid_constant__ ps_
     store_tile(p, t, &s, sum);
 }
 
+/* Grid: x over tiles of weight rows, y over tiles of inputs in strides. Shared memory: a_stages
+ * tiles of inputs; 2 tiles of weights (a_stages for 16-bit ones); 2 stages of raw blocks. */
+template <int F>
+__global__ void __launch_bounds__(THREADS, 2) k_gemm(const __grid_constant__ ps_gemm_params p)
+{
+    PS_DYNAMIC_SMEM(smem);
+    __shared__ tile_smem s;
+    ps_dep_wait();
+    tile_rows t;
+    for (uint32_t m = blockIdx.y; locate_tile(p, m, &t, &s); m += gridDim.y) {
+        __syncthreads();
+        make_tile<F>(p, t, s, smem);
+        __syncthreads(); /* nobody reads what the next tile overwrites */
+    }
+}
+
 /* ---- the table ---- */
 
 typedef struct gemm_kernel {
@@ -423,6 +445,18 @@ static uint64_t gemm_smem_bytes(const gemm_kernel *g, uint32_t a_stages)
     return a_stages * A_ELEMS * 2ull + b_tiles * B_ELEMS * 2 + 2ull * TN * g->raw_pitch;
 }
 
+/* Tiles of inputs to launch blocks for: each expert's last may not be full. Of those that are here
+ * a half more than an even share, of all experts every tile that there can be. */
+static uint32_t expert_tiles(const ps_rows *r)
+{
+    const uint32_t most =
+        r->n_assign / TM + (r->n_expert < r->n_assign ? r->n_expert : r->n_assign);
+    if (r->n_here == 0 || r->n_here >= r->n_expert) return most;
+    const uint64_t even = ps_div_up((uint64_t)r->n_assign * r->n_here, (uint64_t)r->n_expert * TM);
+    const uint64_t wanted = even + even / 2 + r->n_here;
+    return wanted < most ? (uint32_t)wanted : most;
+}
+
 ps_status ps_cuda_gemm(const ps_launch *launch, uint32_t fmt, ps_gemm_params *p)
 {
     const gemm_kernel *g = gemm_of(fmt);
@@ -442,8 +476,8 @@ ps_status ps_cuda_gemm(const ps_launch *launch, uint32_t fmt, ps_gemm_params *p)
             p->w_aligned = p->w_aligned && (uintptr_t)r->part[i].w % 16 == 0;
         }
         m_tiles = ps_div_up(p->n_tok, TM);
-    } else { /* every expert may end in a tile that is not full */
-        m_tiles = r->n_assign / TM + (r->n_expert < r->n_assign ? r->n_expert : r->n_assign);
+    } else {
+        m_tiles = expert_tiles(r);
     }
     if (m_tiles > 65535) return PS_EINTERNAL; /* 8 million inputs in a call */
     return ps_cuda_launch(launch, g->kernel, dim3(n_tiles, m_tiles), THREADS, smem_bytes, p);

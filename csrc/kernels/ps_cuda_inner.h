@@ -37,7 +37,8 @@ typedef struct ps_rows {
     const float *bias0, *bias1; /* [n_expert][n_rows] or null */
     float *out;                 /* [n_assign][n_rows] */
     uint32_t n_expert, n_rows, n_assign, act;
-    uint32_t x_div; /* assignment / x_div is its row of x */
+    uint32_t x_div;  /* assignment / x_div is its row of x */
+    uint32_t n_here; /* experts with an address, about; 0: not known */
 } ps_rows;
 
 typedef struct ps_matvec_params {
@@ -75,9 +76,11 @@ typedef struct ps_to16_params {
     const float *x;
     uint16_t *x16;
     float *scale;
-    uint32_t n_cols, ldx, ldx16, bf16;
+    uint32_t n_x, n_cols, ldx, ldx16, bf16;
 } ps_to16_params;
-ps_status ps_cuda_to16(const ps_launch *launch, uint32_t n_rows, ps_to16_params *p);
+ps_status ps_cuda_to16(const ps_launch *launch, const ps_to16_params *p);
+/* Only the rows that an expert with an address takes; the others stay as they were. */
+ps_status ps_cuda_to16_routed(const ps_launch *launch, const ps_to16_params *p, const ps_rows *r);
 
 /* Rows of blocks to 16 bits (F16, or BF16 for MXFP4), padded with zeros to ldw16. */
 typedef struct ps_dequant_params {

@@ -57,9 +57,9 @@ static ps_status run_experts(const expert_call *c, uint32_t fmt)
         return ps_cuda_matvec(c->launch, fmt, 1, &p);
     }
     ps_to16_params x = {c->x, ps_ptr<uint16_t>(c->ws),
-        ps_ptr<float>(ps_dptr_add(c->ws, c->x16.scale)), c->n_cols, c->ldx,
+        ps_ptr<float>(ps_dptr_add(c->ws, c->x16.scale)), c->n_x, c->n_cols, c->ldx,
         (uint32_t)ps_cuda_pad_cols(c->n_cols), ps_cuda_is_bf16(fmt)};
-    const ps_status status = ps_cuda_to16(c->launch, c->n_x, &x);
+    const ps_status status = ps_cuda_to16_routed(c->launch, &x, &c->rows);
     if (status != PS_OK) return status;
     ps_gemm_params p = {};
     p.x16 = x.x16, p.scale = x.scale, p.ldx16 = x.ldx16;
@@ -112,7 +112,7 @@ ps_status ps_cuda_moe_up(const ps_launch *launch, const void *args)
     r->bias0 = ps_ptr<const float>(a->gate_bias), r->bias1 = ps_ptr<const float>(a->up_bias);
     r->out = ps_ptr<float>(a->out);
     r->n_expert = a->n_expert, r->n_rows = a->n_ff, r->n_assign = (uint32_t)n_assign;
-    r->act = a->act, r->x_div = a->k;
+    r->act = a->act, r->x_div = a->k, r->n_here = a->n_here;
     if (a->fmt_gate != a->fmt_up) return up_of_two_formats(a, &c, &l);
     c.decode = ps_cuda_moe_is_decode(a->fmt_gate, a->n_tok, launch->info->sm);
     return run_experts(&c, a->fmt_gate);
@@ -141,6 +141,6 @@ ps_status ps_cuda_moe_down(const ps_launch *launch, const void *args)
     r->bias0 = ps_ptr<const float>(a->bias);
     r->out = ps_ptr<float>(a->y);
     r->n_expert = a->n_expert, r->n_rows = a->n_rows, r->n_assign = (uint32_t)n_assign;
-    r->x_div = 1;
+    r->x_div = 1, r->n_here = a->n_here;
     return run_experts(&c, a->fmt);
 }

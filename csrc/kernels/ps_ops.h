@@ -233,7 +233,8 @@ typedef struct ps_moe_up_args {
     uint64_t ws_bytes;
     uint32_t n_tok, k, n_expert, n_cols, n_ff, ldx;
     uint32_t fmt_gate, fmt_up;
-    uint32_t act; /* ps_act_kind */
+    uint32_t act;    /* ps_act_kind */
+    uint32_t n_here; /* how many experts the tables name, for launches to go by; 0: not known */
 } ps_moe_up_args;
 
 /* ---- MOE_DOWN: y[a] = down_e . h[a] + bias[e] for each assignment whose expert is on this side.
@@ -248,6 +249,7 @@ typedef struct ps_moe_down_args {
     uint64_t ws_bytes;
     uint32_t n_tok, k, n_expert, n_ff, n_rows;
     uint32_t fmt;
+    uint32_t n_here; /* as in MOE_UP */
 } ps_moe_down_args;
 
 /* ---- MOE_COMBINE: out[t] = residual[t] + sum over ranks in order of weights[t][r] * row, row =

@@ -641,7 +641,8 @@ static inline bool ops_moe_up_at(uint32_t i, ops_call *c)
         .ldx = k->n_cols + i % 3,
         .fmt_gate = k->fmt[0],
         .fmt_up = k->fmt[1],
-        .act = k->act};
+        .act = k->act,
+        .n_here = i % 3}; /* a hint, which may be wrong */
     ops_add_x(c, offsetof(ps_moe_up_args, x), k->n_tok, k->n_cols, a->ldx, k->rows, &rng);
     ops_add_out(
         c, offsetof(ps_moe_up_args, out), (uint64_t)k->n_tok * k->k, k->n_ff, k->n_ff, &rng);
@@ -681,7 +682,8 @@ static inline bool ops_moe_down_at(uint32_t i, ops_call *c)
         .n_expert = k->n_expert,
         .n_ff = n_ff,
         .n_rows = n_rows,
-        .fmt = k->fmt[2]};
+        .fmt = k->fmt[2],
+        .n_here = i % 3};
     ops_add_x(c, offsetof(ps_moe_down_args, h), n, n_ff, n_ff, k->rows, &rng);
     ops_add_out(c, offsetof(ps_moe_down_args, y), n, n_rows, n_rows, &rng);
     ops_add_routing(c, offsetof(ps_moe_down_args, ids), offsetof(ps_moe_down_args, order),
