@@ -55,7 +55,7 @@ static __global__ void __launch_bounds__(256) k_to16(const __grid_constant__ ps_
     write_share(p, blockIdx.x, threadIdx.x, blockDim.x, scale);
 }
 
-ps_status ps_cuda_to16(const ps_launch *launch, const ps_to16_params *p)
+ps_status ps_cuda_to16(const ps_launch *launch, ps_to16_params *p)
 {
     return ps_cuda_launch(launch, (const void *)k_to16, dim3(p->n_x), 256, 0, p);
 }
@@ -90,8 +90,7 @@ static __global__ void __launch_bounds__(ROUTED_WARPS * 32)
 
 ps_status ps_cuda_to16_routed(const ps_launch *launch, const ps_to16_params *p, const ps_rows *r)
 {
-    const routed_params params = {
-        *p, r->ids, r->w0, r->mode == PS_ROWS_PAIR ? r->w1 : r->w0, r->x_div};
+    routed_params params = {*p, r->ids, r->w0, r->mode == PS_ROWS_PAIR ? r->w1 : r->w0, r->x_div};
     return ps_cuda_launch(launch, (const void *)k_to16_routed,
         dim3(ps_div_up(p->n_x, ROUTED_WARPS)), ROUTED_WARPS * 32, 0, &params);
 }

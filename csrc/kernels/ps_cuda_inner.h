@@ -78,7 +78,7 @@ typedef struct ps_to16_params {
     float *scale;
     uint32_t n_x, n_cols, ldx, ldx16, bf16;
 } ps_to16_params;
-ps_status ps_cuda_to16(const ps_launch *launch, const ps_to16_params *p);
+ps_status ps_cuda_to16(const ps_launch *launch, ps_to16_params *p);
 /* Only the rows that an expert with an address takes; the others stay as they were. */
 ps_status ps_cuda_to16_routed(const ps_launch *launch, const ps_to16_params *p, const ps_rows *r);
 
