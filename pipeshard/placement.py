@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["TIERS", "Place", "Placement", "Split", "Tier", "Unit"]
+__all__ = ["FAR_SIDES", "TIERS", "FarSide", "Place", "Placement", "Split", "Tier", "Unit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ class Split:
 
 
 Place = Literal["vram", "stream", "cpu"] | Split
+FarSide = Literal["gpu", "cpu"]
+FAR_SIDES: tuple[FarSide, ...] = ("gpu", "cpu")
 
 
 def _frozen_places(
@@ -88,7 +90,9 @@ class Placement:
 
     `kv_vram_tok`: of each layer, the newest tokens of a sequence whose KV stays in VRAM, in whole pages of 64 and
     one page more; older ones are in host memory. None: all, where attention is on the GPU. Where attention is on
-    the CPU in some tier, none. `per_tier_residency`: units may be resident in some tiers and not in others (or be
+    the CPU in some tier, none. `kv_far_on`: who attends to the older ones in passes of few tokens: "gpu", which reads
+    them over the bus, or "cpu", which does so while the GPU attends to the newest; prompts bring them to VRAM.
+    `per_tier_residency`: units may be resident in some tiers and not in others (or be
     split elsewhere); all tiers' residents share one stretch of VRAM, as large as the largest set, and a pass first
     uploads what of its tier's the last pass has not left there. `why`: for people, by unit. `chunk_tok`,
     `pass_tok`: most tokens of one op and of one pass; 0: as many as the planner finds room for."""
@@ -101,6 +105,7 @@ class Placement:
     per_tier_residency: bool = False
     chunk_tok: int = 0
     pass_tok: int = 0
+    kv_far_on: FarSide = "gpu"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "places", _frozen_places(self.places))

@@ -25,7 +25,7 @@ import numpy as np
 from . import _core
 from .errors import FileError, FormatError, PlanError
 from .model import Model, check_path
-from .placement import Place, Placement, Split, Tier
+from .placement import FAR_SIDES, FarSide, Place, Placement, Split, Tier
 from .sizes import format_bytes
 
 __all__ = ["Plan"]
@@ -80,6 +80,8 @@ class Plan:
                 f"({model.arch}, {model.digest[:12]})"
             )
         kinds, shares = _arrays(self.placement, self.tiers, model)
+        if self.placement.kv_far_on not in FAR_SIDES:
+            raise PlanError(f"kv_far_on is {self.placement.kv_far_on!r}; use gpu or cpu")
         return _core.Plan(
             model._core,
             [(tier.name, tier.max_tok) for tier in self.tiers],
@@ -99,6 +101,7 @@ class Plan:
             logit_rows=self.logit_rows,
             graph_reserve_bytes=self.graph_reserve_bytes,
             per_tier_residency=self.placement.per_tier_residency,
+            kv_far_on_cpu=self.placement.kv_far_on == "cpu",
         )
 
     # ---- as data ----
@@ -124,6 +127,7 @@ class Plan:
             "kv_vram_tok": None
             if kv_vram_tok is None
             else {str(layer): n for layer, n in kv_vram_tok.items()},
+            "kv_far_on": placement.kv_far_on,
             "n_slots": placement.n_slots,
             "slot_bytes": placement.slot_bytes,
             "per_tier_residency": placement.per_tier_residency,
@@ -183,10 +187,25 @@ class Plan:
             ]
             if self.placement.per_tier_residency:
                 head.append("tiers have residents of their own: a pass first uploads what it lacks")
+            head += self._kv_lines()
         else:
             head.append("no accelerator: everything is computed by the CPU")
         head += _predicted_lines(self.predicted)
         return "\n".join([*head, *self._place_table()])
+
+    def _kv_lines(self) -> list[str]:
+        """Which layers' older KV is in host memory, and who reads it there."""
+        layers: dict[int, list[int]] = {}
+        for layer, n_tok in (self.placement.kv_vram_tok or {}).items():
+            if n_tok < self.n_ctx:
+                layers.setdefault(n_tok, []).append(layer)
+        by_cpu = self.placement.kv_far_on == "cpu"
+        return [
+            f"KV of layers {_ranges(where)}: the newest {n_tok} tokens in VRAM, older ones in host memory, which the "
+            + ("CPU attends to" if by_cpu else "GPU reads over the bus")
+            + " in passes of few tokens"
+            for n_tok, where in layers.items()
+        ]
 
     def _place_table(self) -> list[str]:
         lines = []
@@ -403,7 +422,14 @@ class _Reader:
             slot_bytes=self.count(data, "slot_bytes", default=0),
             why={str(k): str(v) for k, v in self.get(data, "why", dict, {}).items()},
             per_tier_residency=self.get(data, "per_tier_residency", bool, False),
+            kv_far_on=self.far_side(self.get(data, "kv_far_on", str, "gpu")),
         )
+
+    def far_side(self, text: str) -> FarSide:
+        for side in FAR_SIDES:
+            if text == side:
+                return side
+        raise self.wrong("kv_far_on", f"{text!r} attends to nothing; use gpu or cpu")
 
     def layer(self, text: str) -> int:
         if not text.isascii() or not text.isdigit():

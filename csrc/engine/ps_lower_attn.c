@@ -6,8 +6,9 @@
  * - staged (a prompt, KV in host memory): one layer's KV of the sequence in VRAM, loaded ahead,
  * saved behind; what belongs in the unit's window is copied there from the stage;
  * - in two parts (few tokens, KV in windows): new keys go to both homes, the newest pages are
- *   attended in VRAM and the others over the bus, and the two are merged, VRAM's first. Which page
- * is where, the batch's tables say; where nothing is far, VRAM alone is attended.
+ *   attended in VRAM and the others over the bus, or by the CPU at the same time, and the two are
+ *   merged, VRAM's first. Which page is where, the batch's tables say; where nothing is far, VRAM
+ *   alone is attended.
  *
  * Not here: the block around it (ps_lower.c), which pages windows hold (ps_kv).
  * Threads: pure but for what it allocates.
@@ -84,10 +85,10 @@ static ps_kv_view view_stage(const lowering *l, uint32_t unit)
 }
 
 /* The tables of a window, one behind the other. */
-static ps_dptr window_table(const lowering *l, uint32_t unit, uint64_t first)
+static ps_dptr window_table(const lowering *l, uint32_t unit, ps_side side, uint64_t first)
 {
     uint64_t n = (uint64_t)l->plan->spec.n_seq * l->plan->max_pages * sizeof(int32_t);
-    return in_batch(PS_SIDE_DEV, first + l->plan->kv[unit].window * n);
+    return in_batch(side, first + l->plan->kv[unit].window * n);
 }
 
 /* What a unit's window holds. */
@@ -97,16 +98,16 @@ static ps_kv_view view_near(const lowering *l, uint32_t unit)
     ps_kv_view view = view_of(l, unit);
     view.k = ps_ref(PS_SPACE_DEV_KV, kv->near_offset);
     view.v = ps_ref(PS_SPACE_DEV_KV, kv->near_offset + kv->near_v_skip);
-    view.table = window_table(l, unit, l->batch->near);
+    view.table = window_table(l, unit, PS_SIDE_DEV, l->batch->near);
     view.n_pages = l->plan->windows[kv->window].n_pages * l->plan->spec.n_seq;
     return view;
 }
 
-/* What is in host memory only. */
-static ps_kv_view view_far(const lowering *l, uint32_t unit)
+/* What is in host memory only, for the side that attends to it. */
+static ps_kv_view view_far(const lowering *l, uint32_t unit, ps_side side)
 {
-    ps_kv_view view = view_home(l, unit, PS_SIDE_DEV);
-    view.table = window_table(l, unit, l->batch->far);
+    ps_kv_view view = view_home(l, unit, side);
+    view.table = window_table(l, unit, side, l->batch->far);
     return view;
 }
 
@@ -231,14 +232,36 @@ static void emit_prep(
     }
 }
 
-/* Attention over what is in VRAM, then over what is in host memory, for some of the chunk's tokens
- * at a time; sinks count once. `whole` is the call over the near pages of all tokens. */
+/* The far part of a call over the near pages. Sinks count once: there. */
+static ps_attn_args far_part(const lowering *l, uint32_t unit, const ps_attn_args *near)
+{
+    ps_side side = l->plan->spec.kv_far_side;
+    uint64_t most = ps_min_u64(l->plan->spec.chunk_tok, PS_FAR_ROWS), n_ml = 2ull * near->n_head,
+             ml = most * (near->ldo + n_ml) * sizeof(float);
+    ps_attn_args far = *near;
+    far.out = in_buf(l, side, PS_BUF_FAR, 0);
+    far.ml = in_buf(l, side, PS_BUF_FAR, ml);
+    far.sinks = (ps_dptr){0};
+    far.kv = view_far(l, unit, side);
+    far.window = l->plan->windows[l->plan->kv[unit].window].reach;
+    if (side == PS_SIDE_DEV) return far;
+    far.q = in_buf(l, side, PS_BUF_Q, 0);
+    far.pos = in_batch(side, ps_ref_offset(near->pos));
+    far.seq = in_batch(side, ps_ref_offset(near->seq));
+    return far;
+}
+
+/* Attention over what is in VRAM and over what is in host memory, for some of the chunk's tokens at
+ * a time. `whole` is the call over the near pages of all tokens.
+ *
+ * What is far was mostly written by earlier passes, which waited for it. But after a truncation the
+ * last page may be far, and a window of one page leaves the pass's others: then the CPU reads keys
+ * that the GPU has stored just before. So q is handed over behind that store. */
 static void emit_in_parts(lowering *l, chunk c, uint32_t unit, const ps_attn_args *whole)
 {
-    uint32_t n_q = whole->ldo, n_row_ml = 2 * whole->n_head;
+    ps_side far_side = l->plan->spec.kv_far_side;
     for (uint32_t i = 0; i < c.n; i += PS_FAR_ROWS) {
-        uint64_t most = ps_min_u64(l->plan->spec.chunk_tok, PS_FAR_ROWS),
-                 ml = most * n_q * sizeof(float), n_ml = most * n_row_ml * sizeof(float);
+        uint64_t most = ps_min_u64(l->plan->spec.chunk_tok, PS_FAR_ROWS);
         ps_attn_args near = *whole;
         near.n_tok = c.n - i < PS_FAR_ROWS ? c.n - i : PS_FAR_ROWS;
         near.n_after += c.n - i - near.n_tok;
@@ -246,23 +269,24 @@ static void emit_in_parts(lowering *l, chunk c, uint32_t unit, const ps_attn_arg
         near.out = ps_dptr_add(near.out, (uint64_t)i * near.ldo * sizeof(float));
         near.pos = ps_dptr_add(near.pos, (uint64_t)i * sizeof(int32_t));
         near.seq = ps_dptr_add(near.seq, (uint64_t)i * sizeof(int32_t));
-        near.ml = in_buf(l, c.side, PS_BUF_FAR, ml);
-        ps_attn_args far = near;
-        far.out = in_buf(l, c.side, PS_BUF_FAR, 0);
-        far.ml = in_buf(l, c.side, PS_BUF_FAR, ml + n_ml);
-        far.sinks = (ps_dptr){0};
-        far.kv = view_far(l, unit);
-        far.window = l->plan->windows[l->plan->kv[unit].window].reach;
+        near.ml = in_buf(l, c.side, PS_BUF_FAR, most * near.ldo * sizeof(float));
+        ps_attn_args far = far_part(l, unit, &near);
         ps_attn_merge_args merge = {.a = near.out,
-            .b = far.out,
+            .b = ps_lower_mapped(far.out),
             .out = near.out,
             .ml_a = near.ml,
-            .ml_b = far.ml,
+            .ml_b = ps_lower_mapped(far.ml),
             .n_tok = near.n_tok,
             .n_head = near.n_head,
             .head_dim = near.kv.head_dim};
+        if (far_side == PS_SIDE_HOST) { /* it starts first, so that both work at once */
+            uint64_t n = (uint64_t)(near.n_tok - 1) * near.ldq + near.ldo;
+            ps_lower_hand_over(l, (int32_t)unit, far.q, near.q, n);
+            ps_emit_run(l->e, far_side, (int32_t)unit, PS_OP_ATTN, &far, NULL, 0);
+        }
         ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ATTN, &near, NULL, 0);
-        ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ATTN, &far, NULL, 0);
+        if (far_side == PS_SIDE_DEV)
+            ps_emit_run(l->e, far_side, (int32_t)unit, PS_OP_ATTN, &far, NULL, 0);
         ps_emit_run(l->e, c.side, (int32_t)unit, PS_OP_ATTN_MERGE, &merge, NULL, 0);
     }
 }
@@ -291,8 +315,10 @@ void ps_lower_attn(lowering *l, uint32_t layer, chunk c, uint32_t unit, ps_dptr 
         .scale = l->hp->attn_scale,
         .softcap = l->hp->attn_softcap};
     uint32_t i_window = l->plan->kv[unit].window;
-    if (near) { /* no key of the window is further back: shorter for kernels that look at them all
-                 */
+    /* No key of the window is further back: shorter for kernels that look at them all. Workspaces
+     * are measured without that: the last chunk of a staged prompt may be as short as any other
+     * pass, and it sees every key. */
+    if (near && !l->measures) {
         uint32_t most = l->plan->windows[i_window].n_pages * PS_KV_PAGE_TOK;
         if (attn.window == 0 || attn.window > most) attn.window = most;
     }

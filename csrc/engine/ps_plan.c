@@ -64,6 +64,8 @@ static ps_status check_numbers(const ps_plan *p, ps_err *err)
         return ps_fail(err, PS_EPLAN,
             "%u slots of %llu bytes: slots must be a multiple of %d bytes", s->n_slots,
             (unsigned long long)s->slot_bytes, PS_ARENA_ALIGN);
+    if ((unsigned)s->kv_far_side >= PS_SIDE_COUNT)
+        return ps_fail(err, PS_EPLAN, "far keys are attended by the GPU or by the CPU");
     if (s->chunk_tok == 0 || s->pass_tok < s->chunk_tok || s->logit_rows == 0 ||
         s->pass_tok > 1u << 27)
         return ps_fail(err, PS_EPLAN,
@@ -146,7 +148,8 @@ static uint32_t find_window(ps_plan *p, uint32_t n_pages, uint32_t reach)
 
 /* Where some tier attends on the CPU and another on the GPU, host memory alone serves both. A
  * window of whole pages holds the newest tokens only with one page more, because the newest is
- * filling; a window of as many pages as there are is all of it. */
+ * filling; a window of as many pages as there are is all of it. Where the CPU attends to what is
+ * far, it does so of a layer without a window too: its window is that one page. */
 static void find_kv_home(ps_plan *p, uint32_t unit)
 {
     uint32_t n_on[PS_SIDE_COUNT] = {0}, layer = (uint32_t)p->model->units[unit].layer;
@@ -156,7 +159,7 @@ static void find_kv_home(ps_plan *p, uint32_t unit)
     ps_unit_kv *kv = &p->kv[unit];
     if (n_on[PS_SIDE_DEV] == 0) {
         kv->home = PS_KV_HOST;
-    } else if (n_on[PS_SIDE_HOST] > 0 || vram_tok == 0) {
+    } else if (n_on[PS_SIDE_HOST] > 0 || (vram_tok == 0 && p->spec.kv_far_side == PS_SIDE_DEV)) {
         kv->home = PS_KV_BACKED;
     } else if (n_pages >= p->max_pages) {
         kv->home = PS_KV_DEV;
@@ -172,6 +175,11 @@ static void find_kv_homes(ps_plan *p)
     p->max_pages = (uint32_t)ps_div_up_u64(p->spec.n_ctx, PS_KV_PAGE_TOK);
     for (uint32_t u = 0; u < p->model->n_units; u++)
         if (has_kv(&p->model->units[u])) find_kv_home(p, u);
+}
+
+static bool has_far_on_cpu(const ps_plan *p)
+{
+    return p->n_windows > 0 && p->spec.kv_far_side == PS_SIDE_HOST;
 }
 
 /* A unit that is cut has no home but those of its parts; only single rows of a tied head are looked
@@ -190,6 +198,7 @@ static void find_homes_of_cut(ps_plan *p, uint32_t unit)
 static void find_homes(ps_plan *p)
 {
     const ps_model *m = p->model;
+    p->uses[PS_SIDE_HOST] = has_far_on_cpu(p);
     for (uint32_t u = 0; u < m->n_units; u++)
         for (uint32_t t = 0; t < p->spec.n_tiers; t++) {
             ps_side side = ps_plan_side(p, t, u);
@@ -347,6 +356,7 @@ static bool gathers_experts(const ps_plan *p)
 static uint64_t host_act_bytes(const ps_plan *p, uint64_t all)
 {
     bool embeds = false;
+    if (has_far_on_cpu(p)) return all;
     for (uint32_t t = 0; t < p->spec.n_tiers; t++)
         for (uint32_t u = 0; u < p->model->n_units; u++) {
             bool embed = (int32_t)u == p->model->embed;

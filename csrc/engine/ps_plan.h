@@ -31,6 +31,9 @@ typedef struct ps_tier {
     uint32_t max_tok; /* largest pass of this tier; UINT32_MAX: unbounded */
 } ps_tier;
 
+/* The two sides that can compute. */
+typedef enum ps_side { PS_SIDE_DEV, PS_SIDE_HOST, PS_SIDE_COUNT } ps_side;
+
 /* What a plan is made from. Borrowed during create only. */
 typedef struct ps_plan_spec {
     bool accelerator;      /* false: device `host`, every unit must be cpu */
@@ -44,6 +47,8 @@ typedef struct ps_plan_spec {
     const uint32_t
         *kv_vram_tok; /* [n_layer] newest tokens of a sequence kept in VRAM, in whole pages and one
                          more; NULL: all where attn is on the GPU in every tier */
+    ps_side kv_far_side; /* who attends to keys that no window holds, wherever the pass is not
+                            staged: the GPU, which reads them over the bus, or the CPU */
     uint32_t n_slots;
     uint64_t slot_bytes; /* 0: no ring */
     uint32_t chunk_tok;  /* most tokens of one op call */
@@ -100,9 +105,6 @@ static inline uint64_t ps_ref_offset(ps_dptr r)
 }
 enum { PS_IMAGE_SHIFT = 40 }; /* a unit's image is below 1 TiB */
 
-/* The two sides that can compute. */
-typedef enum ps_side { PS_SIDE_DEV, PS_SIDE_HOST, PS_SIDE_COUNT } ps_side;
-
 /* Activation buffers; each has one place on each side that computes. */
 typedef enum ps_buf {
     PS_BUF_X, /* f32 [pass_tok][n_embd] hidden states; where they are stale, a split block's share
@@ -143,7 +145,7 @@ typedef uint32_t ps_residency; /* number of one; n_residencies: only what all of
  * (also) on the GPU: a prompt's pass works on a stage in VRAM that holds the one layer in hand,
  * loaded before and saved behind the compute; single tokens are attended where they lie, over the
  * bus. WINDOW: as BACKED, and each sequence's newest pages are in VRAM too, so that only older ones
- * are read over the bus; the two partial attentions are merged. */
+ * are read over the bus, or by the CPU (kv_far_side); the two partial attentions are merged. */
 typedef enum ps_kv_home { PS_KV_DEV, PS_KV_HOST, PS_KV_BACKED, PS_KV_WINDOW } ps_kv_home;
 enum {
     PS_KV_STAGES = 2, /* one layer loads while another computes */
@@ -200,7 +202,7 @@ typedef struct ps_plan {
     uint32_t n_windows;
     uint64_t kv_stage_offset; /* in DEV_KV: stages, K and V of one layer and sequence each */
     bool kv_backed;           /* is any unit's BACKED or WINDOW */
-    bool uses[PS_SIDE_COUNT]; /* does any unit compute there in any tier */
+    bool uses[PS_SIDE_COUNT]; /* does anything compute there in any tier */
     uint64_t buf_offset[PS_BUF_COUNT]; /* in DEV_ACT and HOST_ACT alike */
     uint64_t buf_bytes[PS_BUF_COUNT];
     uint64_t space_bytes[PS_SPACE_COUNT];

@@ -137,15 +137,17 @@ static expert_count count_experts(const ps_ticks *t, uint32_t i, ps_dptr table, 
     return n;
 }
 
-/* Of what attention would read were all keys in host memory, that which no window holds. */
-static uint64_t far_bytes(
-    const ps_plan *plan, int32_t unit, const ps_attn_args *a, uint64_t all_bytes)
+/* Of what attention would cost were all keys in host memory, that of those which no window holds.
+ */
+static void scale_to_far(const ps_plan *plan, int32_t unit, const ps_attn_args *a, ps_cost *cost)
 {
     const ps_unit_kv *kv = &plan->kv[unit];
-    if (kv->home != PS_KV_WINDOW) return all_bytes;
+    if (kv->home != PS_KV_WINDOW) return;
     uint64_t keys = a->window > 0 ? ps_min_u64(a->window, a->max_kv) : a->max_kv,
              near = (uint64_t)(plan->windows[kv->window].n_pages - 1) * PS_KV_PAGE_TOK;
-    return near < keys ? (uint64_t)((double)all_bytes * (double)(keys - near) / (double)keys) : 0;
+    double share = near < keys ? (double)(keys - near) / (double)keys : 0.0;
+    cost->flops = (uint64_t)((double)cost->flops * share);
+    cost->bytes = (uint64_t)((double)cost->bytes * share);
 }
 
 ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
@@ -174,8 +176,10 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
     } else if (k->op == PS_OP_ATTN) {
         ps_attn_args a;
         memcpy(&a, t->args + k->index, sizeof a);
-        if (ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV_DEV)
-            cost.bus_bytes = cost.bytes = far_bytes(t->plan, k->unit, &a, cost.bytes);
+        ps_space space = ps_ref_space(a.kv.k);
+        if (space == PS_SPACE_HOST_KV || space == PS_SPACE_HOST_KV_DEV)
+            scale_to_far(t->plan, k->unit, &a, &cost);
+        if (space == PS_SPACE_HOST_KV_DEV) cost.bus_bytes = cost.bytes;
     } else if (k->op == PS_OP_MOE_COMBINE) {
         ps_moe_combine_args a;
         memcpy(&a, t->args + k->index, sizeof a);
@@ -183,7 +187,7 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
                all = (double)a.n_tok * a.k * a.n * sizeof(float);
         if (ps_ref_space(a.y_other) == PS_SPACE_HOST_ACT_DEV)
             cost.bus_bytes = (uint64_t)(all * far / a.n_expert);
-    } else if (k->op == PS_OP_MOVE || k->op == PS_OP_ADD) {
+    } else if (k->op == PS_OP_MOVE || k->op == PS_OP_ADD || k->op == PS_OP_ATTN_MERGE) {
         ps_range ranges[PS_MAX_OPERANDS];
         uint32_t n_ranges = ps_tick_ranges(t, i, ranges, PS_MAX_OPERANDS);
         for (uint32_t j = 0; j < n_ranges; j++)

@@ -155,7 +155,8 @@ typedef struct ps_attn_args {
     float scale, softcap;
 } ps_attn_args;
 
-/* ---- ATTN_MERGE: out = the attention over both parts. In place allowed: out == a. ---- */
+/* ---- ATTN_MERGE: out = the attention over both parts. In place allowed: out == a. On a GPU b and
+ * ml_b may be host memory, as for ADD. ---- */
 typedef struct ps_attn_merge_args {
     ps_dptr a, b, out;  /* f32 [n_tok][n_head * head_dim] */
     ps_dptr ml_a, ml_b; /* f32 [n_tok][n_head][2] */

@@ -131,6 +131,7 @@ static void apply_pattern(fixture *f, int pattern)
     static const uint32_t none_in_vram[64] = {0},
                           windows[64] = {64, 1, 128, 0, 64, 100, 65, 1 << 30};
     f->spec.kv_vram_tok = pattern % 6 == 5 ? windows : pattern % 3 == 2 ? none_in_vram : NULL;
+    f->spec.kv_far_side = pattern % 4 == 3 ? PS_SIDE_HOST : PS_SIDE_DEV;
     f->spec.n_slots = rings[pattern % 4][0];
     f->spec.slot_bytes = rings[pattern % 4][1];
 }
@@ -210,11 +211,24 @@ static uint32_t count_ops(const ps_ticks *t, ps_op_kind op)
     return n;
 }
 
+/* Attention of units with windows on the CPU. */
+static uint32_t count_far_on_cpu(const ps_ticks *t)
+{
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < t->n_ticks; i++) {
+        const ps_tick *k = &t->tick[i];
+        n += k->kind == PS_TICK_RUN && k->op == PS_OP_ATTN && k->stream == PS_STREAM_CPU &&
+             t->plan->kv[k->unit].home == PS_KV_WINDOW;
+    }
+    return n;
+}
+
 /* The heart of "a bad policy can never break anything": no wait is redundant, and the checker sees
  * each one missing. */
 PS_TEST(checker_rejects_every_dropped_sync)
 {
-    uint32_t n_mutants = 0, n_gathers = 0, n_divided = 0, n_by_kind[PS_TICK_FLAG_WAIT + 1] = {0};
+    uint32_t n_mutants = 0, n_gathers = 0, n_divided = 0, n_far = 0,
+             n_by_kind[PS_TICK_FLAG_WAIT + 1] = {0};
     for (int i = 0; i < N_MODELS; i++)
         for (int pattern = 2; pattern < N_PATTERNS; pattern += 3) {
             fixture f;
@@ -230,14 +244,18 @@ PS_TEST(checker_rejects_every_dropped_sync)
                                           .max_kv = 192,
                                           .staged = plan->kv_backed,
                                           .first = plan->kv_backed ? 70 : 0},
-                {.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 64}};
+                {.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 64},
+                {.tier = 0, .n_tok = 1, .n_out = 1, .max_kv = 256, .far = UINT32_MAX},
+                {.tier = 1, .n_tok = 40, .n_out = 1, .max_kv = 256, .far = UINT32_MAX}};
             for (size_t j = 0; j < sizeof shapes / sizeof *shapes; j++) {
                 ps_ticks *t = NULL;
+                if (shapes[j].far != 0 && plan->n_windows == 0) continue;
                 shapes[j].found = ps_plan_found(plan, plan->n_residencies, shapes[j].tier);
                 PS_CHECK_STATUS(ps_lower(plan, &shapes[j], &t, &err), PS_OK);
                 if (t == NULL) continue;
                 check_mutants(t, n_by_kind);
                 n_gathers += count_ops(t, PS_OP_GATHER_EXPERTS);
+                n_far += count_far_on_cpu(t);
                 for (uint32_t k = 0; k < t->n_ticks; k++)
                     n_divided += t->tick[k].kind == PS_TICK_RUN &&
                                  t->tick[k].op == PS_OP_GATHER_EXPERTS &&
@@ -249,7 +267,7 @@ PS_TEST(checker_rejects_every_dropped_sync)
         }
     ps_test_case("%s", "");
     for (int k = PS_TICK_RECORD; k <= PS_TICK_FLAG_WAIT; k++) n_mutants += n_by_kind[k];
-    PS_CHECK(n_mutants > 500 && n_gathers > 20 && n_divided > 6);
+    PS_CHECK(n_mutants > 500 && n_gathers > 20 && n_divided > 6 && n_far > 20);
     for (int k = PS_TICK_RECORD; k <= PS_TICK_FLAG_WAIT; k++) PS_CHECK(n_by_kind[k] > 20);
 }
 
@@ -534,7 +552,10 @@ PS_TEST(windows_take_their_pages_and_no_more)
     if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
     static const struct {
         uint32_t vram_tok, n_pages; /* of 4 */
-    } rows[] = {{0, 0}, {1, 2}, {64, 2}, {65, 3}, {128, 3}, {129, 4}, {255, 4}, {1 << 30, 4}};
+        ps_side far;
+    } rows[] = {{0, 0, PS_SIDE_DEV}, {0, 1, PS_SIDE_HOST}, {1, 2, PS_SIDE_DEV},
+        {64, 2, PS_SIDE_HOST}, {65, 3, PS_SIDE_DEV}, {128, 3, PS_SIDE_DEV}, {129, 4, PS_SIDE_HOST},
+        {255, 4, PS_SIDE_DEV}, {1 << 30, 4, PS_SIDE_DEV}};
     apply_pattern(&f, 1);
     const ps_hparams *hp = &f.model->hp;
     uint64_t page =
@@ -543,6 +564,7 @@ PS_TEST(windows_take_their_pages_and_no_more)
         uint32_t vram_tok[64], n = rows[i].n_pages;
         for (int j = 0; j < 64; j++) vram_tok[j] = rows[i].vram_tok;
         f.spec.kv_vram_tok = vram_tok;
+        f.spec.kv_far_side = rows[i].far;
         ps_plan *plan = NULL;
         ps_err err = {0};
         ps_test_case("%u tokens", rows[i].vram_tok);
@@ -552,6 +574,7 @@ PS_TEST(windows_take_their_pages_and_no_more)
                  all = page * 4 * f.spec.n_seq * hp->n_layer, stages = PS_KV_STAGES * page * 4;
         PS_CHECK(plan->space_bytes[PS_SPACE_DEV_KV] == near + (n < 4 ? stages : 0));
         PS_CHECK(plan->space_bytes[PS_SPACE_HOST_KV] == (n < 4 ? all : 0));
+        PS_CHECK(plan->uses[PS_SIDE_HOST] == (rows[i].far == PS_SIDE_HOST && n < 4));
         ps_plan_destroy(plan);
     }
     ps_test_case("%s", "");
@@ -595,6 +618,59 @@ PS_TEST(sliding_windows_within_a_window_stay_in_vram)
                      ps_tick_cost(t, i).bus_bytes < 3 * ps_op_cost(PS_OP_ATTN, &a).bytes / 4 + 1);
     }
     PS_CHECK(n_far > 0 && n_far == n_merges && n_far == n_global);
+    ps_ticks_destroy(t);
+    ps_plan_destroy(plan);
+    close_fixture(&f);
+}
+
+/* What a token's layer hands to the CPU and gets back; the GPU attends to its own meanwhile. */
+PS_TEST(far_keys_are_attended_on_the_cpu)
+{
+    fixture f;
+    if (!open_fixture(&f, "llama.q4_k_m.gguf", true)) return;
+    uint32_t vram_tok[64], n_on[PS_SIDE_COUNT] = {0}, order = 0, n_whole = 0;
+    for (int j = 0; j < 64; j++) vram_tok[j] = 64;
+    apply_pattern(&f, 1);
+    f.spec.kv_vram_tok = vram_tok;
+    f.spec.kv_far_side = PS_SIDE_HOST;
+    ps_plan *plan = NULL;
+    ps_ticks *t = NULL;
+    ps_err err = {0};
+    PS_CHECK_STATUS(ps_plan_create(f.model, &f.spec, &plan, &err), PS_OK);
+    ps_pass_shape shape = {.n_tok = 1, .n_out = 1, .max_kv = 256, .far = UINT32_MAX};
+    if (plan != NULL) PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+    for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
+        const ps_tick *k = &t->tick[i];
+        if (k->kind != PS_TICK_RUN) continue;
+        ps_cost cost = ps_tick_cost(t, i);
+        if (k->op == PS_OP_ATTN && k->stream == PS_STREAM_CPU) {
+            ps_attn_args a;
+            memcpy(&a, t->args + k->index, sizeof a);
+            ps_cost all = ps_op_cost(PS_OP_ATTN, &a);
+            PS_CHECK(ps_ref_space(a.kv.k) == PS_SPACE_HOST_KV && a.sinks.a == 0);
+            /* 256 tokens less a whole page that surely is in VRAM */
+            PS_CHECK(cost.bytes > 0 && cost.bytes == 3 * all.bytes / 4 && cost.bus_bytes == 0);
+            PS_CHECK(cost.flops == 3 * all.flops / 4);
+            n_on[PS_SIDE_HOST]++;
+            order = order % 3 == 0 ? order + 1 : 100;
+        } else if (k->op == PS_OP_ATTN) {
+            PS_CHECK(cost.bus_bytes == 0);
+            n_on[PS_SIDE_DEV]++;
+            order = order % 3 == 1 ? order + 1 : 100;
+        } else if (k->op == PS_OP_ATTN_MERGE) { /* of one token: out, and (max, sum) of each head */
+            uint64_t n = (uint64_t)f.model->hp.n_head * (f.model->hp.head_dim + 2);
+            PS_CHECK(cost.bus_bytes == n * sizeof(float));
+            order = order % 3 == 2 ? order + 1 : 100;
+        }
+    }
+    PS_CHECK(n_on[0] == f.model->hp.n_layer && n_on[1] == n_on[0] && order == 3 * n_on[0]);
+    ps_ticks_destroy(t);
+    t = NULL;
+    shape.far = 0; /* while all keys are in windows, nobody asks the CPU */
+    if (plan != NULL) PS_CHECK_STATUS(ps_lower(plan, &shape, &t, &err), PS_OK);
+    for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++)
+        n_whole += t->tick[i].kind == PS_TICK_RUN && t->tick[i].stream == PS_STREAM_CPU;
+    PS_CHECK(t != NULL && n_whole == 0);
     ps_ticks_destroy(t);
     ps_plan_destroy(plan);
     close_fixture(&f);

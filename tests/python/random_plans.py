@@ -64,6 +64,7 @@ def base_spec(model: Model) -> Spec:
         "logit_rows": 8,
         "graph_reserve_bytes": 0,
         "per_tier_residency": False,
+        "kv_far_on_cpu": False,
     }
 
 
@@ -102,6 +103,7 @@ def sound_spec(model: Model, rng: Rng) -> Spec:
         spec["kv_vram_tok"] = np.where(rng.random(n_layer) < chance, 0, 1 << 30).astype(np.uint32)
         if rng.random() < 0.5:
             spec["kv_vram_tok"] = rng.choice([0, 1, 64, 100, 1 << 30], n_layer).astype(np.uint32)
+            spec["kv_far_on_cpu"] = bool(rng.random() < 0.5)
     return spec
 
 

@@ -41,6 +41,7 @@ def make_plan(model: _core.Model, kind: int = VRAM, **changes: Any) -> _core.Pla
         "logit_rows": 8,
         "graph_reserve_bytes": 0,
         "per_tier_residency": False,
+        "kv_far_on_cpu": False,
     }
     return _core.Plan(model, **(spec | changes))
 
