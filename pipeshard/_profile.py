@@ -25,7 +25,7 @@ __all__ = ["ANY_OP", "SIDES", "Profile", "Sample", "default_profile", "rates_pro
 FORMAT, VERSION = "pipeshard-profile", 1
 ANY_OP = "*"  # of samples that give a rate of a side, not of one op
 SIDES = ("gpu", "cpu", "h2d", "d2h", "fixed", "disk")
-LOADS = ("idle", "h2d", "d2h", "cpu", "copy_both")
+LOADS = ("idle", "h2d", "d2h", "cpu", "copy_both", "gather")
 SOURCES = ("measured", "datasheet", "default")
 _SHIPPED = Path(__file__).parent / "profiles"
 _COPY_BYTES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 32 << 20)
@@ -50,11 +50,12 @@ class Sample:
 
     side: who worked: "gpu", "cpu", "h2d", "d2h", "disk"; "fixed": what takes time whatever its size. op: of gpu and cpu
     an op as tick lists name it, or "*" for any; of h2d and d2h "copy", or "gather" (the GPU reads scattered locked
-    memory itself); of disk "read", of large parts of the model's file past the page cache, which is there only where
-    the file system allows such reads; of fixed "launch", "graph_node", "flag" (half of a round trip between GPU and
-    CPU), "pass" (its start and last wait) or "copy" (to issue one). fmt: of weights or cache. n_tok: rows that the op
-    works on. bytes: moved through that side's memory, or over the bus. seconds: the median. threads: of the CPU; 0: as
-    many as there are. load: what else ran. extrapolated: the run was cut short and scaled."""
+    memory itself), or an op that reads its weights or keys from there; of disk "read", of large parts of the model's
+    file past the page cache, which is there only where the file system allows such reads; of fixed "launch",
+    "graph_node", "flag" (half of a round trip between GPU and CPU), "pass" (its start and last wait) or "copy" (to
+    issue one). fmt: of weights or cache. n_tok: rows that the op works on. bytes: moved through that side's memory, or
+    over the bus. seconds: the median. threads: of the CPU; 0: as many as there are. load: what else ran. extrapolated:
+    the run was cut short and scaled."""
 
     side: str
     op: str

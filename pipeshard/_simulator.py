@@ -36,12 +36,10 @@ _DISK_BYTES_PER_S = 3e9  # of a disk that nobody measured: an NVMe drive's
 # Filling a slot by the CPU moves each byte three times: read, and written after its line was fetched.
 _FILL_MOVES = 3.0
 _BOUNCED, _ON_DISK = 1, 2  # as the core has them
-# Attention reads keys that lie in host memory at this part of the rate of gathers, which do nothing else: at 21 of 50
-# GB/s on an H200 (traces of decoding there).
-_KV_ON_BUS = 0.42
-# By how much longer copies take beside a CPU that reads memory, at least: 7 to 19 % in passes on a machine with an
-# H200, though a profile's test, which reads little, measures next to nothing there.
-_COPIES_BESIDE_CPU = 0.12
+# By how much longer the bus takes beside a CPU that reads memory, at least: 7 to 19 % in passes on a machine with an
+# H200. Only for profiles whose CPU read other memory than the bus did, which shows next to nothing of that.
+_BUS_BESIDE_CPU = 0.12
+_READERS = ("matmul", "moe_up", "moe_down")  # ops that read weights
 _PROBE = Shape(None, 1, 1 << 26, 1 << 25)  # by which it is asked how things slow each other down
 
 
@@ -219,6 +217,7 @@ class Simulator:
             # a hash; what is equal stays equal, and 64 bits keep a few thousand others apart
             alike = alike * np.uint64(0x9E3779B97F4A7C15) + ticks[name].astype(np.uint64)
             alike ^= alike >> np.uint64(29)
+        alike ^= (ticks["bus_odds"] * 2.0**53).astype(np.uint64)
         _, where, which = np.unique(alike, return_index=True, return_inverse=True)
         prices = np.array([self._seconds(ticks[i], graph, fill) for i in where])
         seconds = prices[which]
@@ -246,7 +245,8 @@ class Simulator:
                 seconds[here] = n * (flag + max(cross, fill))
 
     def _seconds(self, tick: Any, graph: bool, fill: float) -> float:
-        kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied = tick.item()
+        kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied, bus_odds = tick.item()
+        odds = float(bus_odds)
         kinds, streams, ops, formats = _names()
         what = kinds[kind]
         if what == "copy_in" or what == "copy_out":
@@ -259,15 +259,23 @@ class Simulator:
         name = ops[op]
         if name == "attn" and fill < 1.0:
             flops, n_bytes, bus_bytes = (int(n * fill) for n in (flops, n_bytes, bus_bytes))
-        shape = Shape(formats[fmt] if fmt >= 0 else None, n_tok, flops, n_bytes - bus_bytes)
+        shape = Shape(formats[fmt] if fmt >= 0 else None, n_tok, flops, n_bytes)
         if streams[stream] == "cpu":
             return self.cost.seconds(name, shape, "cpu")
         node = self.cost.seconds("graph_node", Shape(), "fixed") if graph else 0.0
-        near = self.cost.seconds(name, shape, "vram")
-        if bus_bytes:  # what the GPU reads from host memory itself, while it reads what is near
-            far = self.cost.seconds("gather", Shape(bytes=bus_bytes), "h2d")
-            near = max(near, far / _KV_ON_BUS if name == "attn" and not self.is_virtual else far)
-        return near + node
+        if not bus_bytes:
+            return self.cost.seconds(name, shape, "vram") + node
+        if odds < 1.0 and not self.is_virtual:  # a mean over tokens, most of which need none of it
+            some = self._reading(name, shape, min(n_bytes, int(bus_bytes / odds)))
+            none = self.cost.seconds(name, shape, "vram")
+            return odds * some + (1.0 - odds) * none + node
+        return self._reading(name, shape, bus_bytes) + node
+
+    def _reading(self, name: str, shape: Shape, bus_bytes: int) -> float:
+        """Of an op of the GPU that reads so many of its bytes from host memory itself, while it reads the others."""
+        near = self.cost.seconds(name, shape._replace(bytes=shape.bytes - bus_bytes), "vram")
+        how = "gather" if self.is_virtual or name == "gather_experts" else name
+        return max(near, self.cost.seconds(how, Shape(bytes=bus_bytes), "h2d"))
 
     def _contended(
         self, priced: _Priced, span: Mapping[str, Any]
@@ -288,33 +296,46 @@ class Simulator:
         # Of the bus, which copies fill, what these reads would take if they had it for themselves.
         part = np.minimum(1.0, ticks["bus_bytes"][reading] / self._bus_rate / reads.seconds)
         beside_copies, beside_cpu = copies.during(reads), cpu.during(reads)
-        on_bus = copies.during(cpu).sum() + part @ beside_cpu
         slower: npt.NDArray[np.float64] = seconds.copy()
         computed = runs & on_cpu
-        held_up = self._held_up(ticks["bytes"][computed], seconds[computed])
-        slower[computed] *= 1.0 + cpu.share(on_bus) * held_up
+        for load, on_bus in (("h2d", copies.during(cpu).sum()), ("gather", part @ beside_cpu)):
+            held_up = self._held_up(ticks[computed], seconds[computed], load)
+            slower[computed] += seconds[computed] * cpu.share(on_bus) * held_up
         # Both halves of the bus, where both want it; one that wants less than half is not kept waiting.
         lost = beside_copies @ np.minimum(1.0, part / np.maximum(1.0 - part, 1e-9))
-        held_up_too = max(_COPIES_BESIDE_CPU, self._more("copy", "h2d", "cpu"))
-        both = copies.share(cpu.during(copies).sum()) * held_up_too
+        both = copies.share(cpu.during(copies).sum()) * self._beside_cpu("copy")
         slower[copying] *= 1.0 + both + copies.share(lost)
         slower[reading] += beside_copies * np.maximum(0.0, 2.0 * part - 1.0)
-        slower[reading] += beside_cpu * self._more("gather", "h2d", "cpu")
+        slower[reading] += beside_cpu * self._beside_cpu("gather")
         used = min(1.0, (copies.total + part @ reads.seconds) * 1e9 / max(1, span["total_ns"]))
         waits = ticks["kind"] == kinds.index("flag_wait")
         slower[waits] *= 1.0 + used * self._more("flag", "fixed", "h2d")
         return slower if bool((slower != seconds).any()) else None
 
     def _held_up(
-        self, n_bytes: npt.NDArray[np.uint64], seconds: npt.NDArray[np.float64]
+        self, ticks: npt.NDArray[np.void], seconds: npt.NDArray[np.float64], load: str
     ) -> npt.NDArray[np.float64]:
         """How much longer ops of the CPU take beside a busy bus, as shares of what they take alone. The bus leaves so
         much of the memory's rate; an op that reads at less than that, because it is small or computes, is not slowed.
         """
-        work = Shape(None, 1, 2 * _LARGE, _LARGE)
-        left = _LARGE / max(1e-12, self.cost.seconds("matmul", work, "cpu", "h2d"))
-        held_up: npt.NDArray[np.float64] = n_bytes / (left * np.maximum(seconds, 1e-12)) - 1.0
+        work, ops = Shape(None, 1, 2 * _LARGE, _LARGE), _names()[2]
+        left = np.ones(len(ticks))
+        for op in np.unique(ticks["op"]):
+            name = ops[op] if ops[op] in _READERS else "matmul"
+            beside = self.cost.seconds(name, work, "cpu", load)
+            left[ticks["op"] == op] = _LARGE / max(1e-12, beside)
+        held_up: npt.NDArray[np.float64] = ticks["bytes"] / (left * np.maximum(seconds, 1e-12)) - 1
         return np.maximum(held_up, 0.0)
+
+    def _beside_cpu(self, op: str) -> float:
+        """How much longer copies or gathers take beside a CPU that reads memory."""
+        return max(0.0 if self._same_memory else _BUS_BESIDE_CPU, self._more(op, "h2d", "cpu"))
+
+    @cached_property
+    def _same_memory(self) -> bool:
+        """Was it the memory that the CPU read meanwhile that the bus carried? Since there are samples of the CPU beside
+        gathers, it is."""
+        return any(s.side == "cpu" and s.load == "gather" for s in self.profile.samples)
 
     def _more(self, op: str, place: Where, load: str) -> float:
         """How much longer something takes beside a load, as a share of what it takes alone."""

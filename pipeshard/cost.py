@@ -31,6 +31,10 @@ F64 = npt.NDArray[np.float64]
 
 _SIDE = {"vram": "gpu", "stream": "gpu", "cpu": "cpu", "h2d": "h2d", "d2h": "d2h", "fixed": "fixed"}
 _FEW_TOK = 8  # an op of so many tokens reads weights, of many it computes
+# Attention reads keys that lie in host memory at this part of the rate of gathers, which do nothing else: at 21 of 50
+# GB/s on an H200 (traces of decoding there). For profiles that did not time it.
+_KV_ON_BUS = 0.42
+_EXPERTS = ("moe_up", "moe_down")  # ops that read whole matrices wherever they lie
 _SAME = 1e-6  # squared distance, in powers of e, of work that is the same
 
 
@@ -51,9 +55,10 @@ class CostModel(Protocol):
     def error(self) -> float: ...
 
     def seconds(self, op: str, shape: Shape, place: Where, load: str = "idle") -> float:
-        """Of one op where a unit of this `place` computes; of "copy" over "h2d" or "d2h", and of "gather", which is
-        the GPU reading host memory itself, start and end of that op included; of what is "fixed": "launch",
-        "graph_node", "flag", "pass", "copy". `load`: what else runs, as samples have it."""
+        """Of one op where a unit of this `place` computes; of "copy" over "h2d" or "d2h"; of "gather" over "h2d",
+        which is the GPU reading host memory itself, start and end of that op included, and of an op's name there, so
+        far as it reads like that; of what is "fixed": "launch", "graph_node", "flag", "pass", "copy". `load`: what
+        else runs, as samples have it."""
         ...
 
 
@@ -206,8 +211,11 @@ class Roofline:
             for side in ("h2d", "d2h")
             if (copies := [s for s in idle if s.side == side and s.op == "copy" and s.bytes > 0])
         }
-        gathers = [s for s in idle if s.side == "h2d" and s.op == "gather" and s.bytes > 0]
-        self._gather = _Bus(gathers) if gathers else None
+        reads: dict[str, list[Sample]] = {}
+        for s in idle:
+            if s.side == "h2d" and s.op != "copy" and s.bytes > 0:
+                reads.setdefault(s.op, []).append(s)
+        self._reads = {op: _Bus(samples) for op, samples in reads.items()}
         self._fixed = {s.op: s.seconds for s in samples if s.side == "fixed"}
         self._fixed_under = {
             (s.op, s.load): s.seconds for s in samples if s.side == "fixed" and s.load != "idle"
@@ -233,7 +241,10 @@ class Roofline:
     def slowdown(self, place: Where, load: str, op: str = ANY_OP) -> float:
         """How many times as long things take there while `load` runs."""
         side = _SIDE[place]
-        return self._slower.get((side, op, load), self._slower.get((side, ANY_OP, load), 1.0))
+        known = self._slower.get((side, op, load), self._slower.get((side, ANY_OP, load)))
+        if known is None and load == "gather":  # which carries as much as copies do
+            return self.slowdown(place, "h2d", op)
+        return 1.0 if known is None else known
 
     def roof(self, place: Where) -> tuple[float, float]:
         """Bytes and FLOPs a second of the best samples."""
@@ -247,21 +258,13 @@ class Roofline:
         return max(r.bytes_per_s for r in roofs), max(r.flops_per_s for r in roofs)
 
     def _idle_seconds(self, op: str, shape: Shape, place: Where) -> float:
-        if place == "h2d" or place == "d2h":
+        if (place == "h2d" or place == "d2h") and op == "copy":
             bus = self._bus.get(place)
-            if op == "gather" and self._gather is not None:
-                least, seconds = self._gather.least
-                if shape.bytes >= least:
-                    return self._gather.seconds(shape.bytes)
-                # Smaller than any that was timed: an op that reads what others hand over.
-                start = min(self._gpu.roof.start if self._gpu else 0.0, seconds)
-                return start + (seconds - start) * shape.bytes / least
-            if bus is None:
-                return 0.0
-            if op == "gather":  # as an op that starts like others and reads at the bus's rate
-                start = self._gpu.roof.start if self._gpu else 0.0
-                return start + shape.bytes / bus.rate
-            return bus.seconds(shape.bytes)
+            return bus.seconds(shape.bytes) if bus is not None else 0.0
+        if place == "h2d":
+            return self._read_seconds(op, shape.bytes)
+        if place == "d2h":
+            return 0.0
         if place != "cpu":
             return self._gpu.seconds(op, shape) if self._gpu else 0.0
         # Between two numbers of threads: between their times, in powers.
@@ -269,6 +272,27 @@ class Roofline:
             return 0.0
         parts = [(weight, side.seconds(op, shape)) for side, weight in self._cpu]
         return math.exp(sum(weight * math.log(max(t, 1e-12)) for weight, t in parts))
+
+    def _read_seconds(self, op: str, n_bytes: int) -> float:
+        """Of an op of the GPU that reads host memory."""
+        own, gather, bus = self._reads.get(op), self._reads.get("gather"), self._bus.get("h2d")
+        if own is not None and (op != "gather" or n_bytes >= own.least[0]):
+            return own.seconds(n_bytes)
+        if op == "attn":
+            return self._read_seconds("gather", n_bytes) / _KV_ON_BUS
+        start = self._gpu.roof.start if self._gpu else 0.0
+        if gather is None:  # as an op that starts like others and reads at the bus's rate
+            return start + n_bytes / bus.rate if bus is not None else 0.0
+        if op in _EXPERTS:  # as far-flung as what gathers read
+            return max(start, gather.seconds(n_bytes))
+        # Smaller than any that was timed: an op that reads what others hand over.
+        least, seconds = gather.least
+        start = min(start, seconds)
+        return (
+            start + (seconds - start) * min(1.0, n_bytes / least)
+            if n_bytes < least
+            else gather.seconds(n_bytes)
+        )
 
     def _contention(
         self, samples: Sequence[Sample], threads: int
@@ -283,7 +307,7 @@ class Roofline:
             )
             if idle > 0:
                 # Reads of the GPU say nothing of copies, which another engine makes.
-                for op in (s.op, ANY_OP) if s.op != "gather" else (s.op,):
+                for op in (s.op,) if s.side == "h2d" and s.op != "copy" else (s.op, ANY_OP):
                     ratios.setdefault((s.side, op, s.load), []).append(s.seconds / idle)
         return {key: max(1.0, float(np.median(values))) for key, values in ratios.items()}
 

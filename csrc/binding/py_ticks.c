@@ -20,14 +20,15 @@ typedef struct row {
     int32_t unit, fmt;
     uint32_t n_tok;
     uint64_t flops, bytes, bus_bytes, n_bytes;
+    double bus_odds;
 } row;
 
 static PyArray_Descr *row_type(void)
 {
     PyArray_Descr *descr = NULL;
-    PyObject *spec = Py_BuildValue("[(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)]", "kind", "u1",
-        "stream", "u1", "op", "u1", "weights", "u1", "unit", "i4", "fmt", "i4", "n_tok", "u4",
-        "flops", "u8", "bytes", "u8", "bus_bytes", "u8", "n_bytes", "u8");
+    PyObject *spec = Py_BuildValue("[(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)(ss)]", "kind",
+        "u1", "stream", "u1", "op", "u1", "weights", "u1", "unit", "i4", "fmt", "i4", "n_tok", "u4",
+        "flops", "u8", "bytes", "u8", "bus_bytes", "u8", "n_bytes", "u8", "bus_odds", "f8");
     if (spec != NULL && !PyArray_DescrConverter(spec, &descr)) descr = NULL;
     Py_XDECREF(spec);
     return descr;
@@ -113,7 +114,8 @@ static PyObject *array_of(const ps_ticks *t)
             .flops = w.flops,
             .bytes = w.bytes,
             .bus_bytes = w.bus_bytes,
-            .n_bytes = w.n_bytes};
+            .n_bytes = w.n_bytes,
+            .bus_odds = w.bus_odds};
     }
     return array;
 }

@@ -96,7 +96,7 @@ ps_work ps_simulate_work(const ps_ticks *t, uint32_t i)
     const ps_tick *k = &t->tick[i];
     ps_work w = {.fmt = -1};
     if (k->kind == PS_TICK_RUN) {
-        ps_cost cost = ps_tick_cost(t, i);
+        ps_cost cost = ps_tick_cost_odds(t, i, &w.bus_odds);
         w.flops = cost.flops;
         w.bytes = cost.bytes;
         w.bus_bytes = cost.bus_bytes;

@@ -15,6 +15,7 @@
 typedef struct ps_work {
     uint64_t flops, bytes; /* RUN; only those experts that the op reaches are counted */
     uint64_t bus_bytes;    /* RUN: those of `bytes` that are host memory, reached from the GPU */
+    double bus_odds;       /* RUN: that it reads any of these, of which bus_bytes are the mean */
     uint64_t n_bytes;      /* copies */
     uint32_t n_tok;        /* RUN: rows that the op works on */
     int32_t fmt;           /* RUN: of its weights, or of the cache; -1 where it has none */

@@ -1,6 +1,7 @@
 /* ps_ticks - printing, memory ranges and destruction of tick lists. See ps_ticks.h. */
 #include "engine/ps_ticks.h"
 
+#include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
@@ -64,6 +65,7 @@ bool ps_pass_maps_experts(const ps_plan *plan, const ps_pass_shape *shape)
 
 typedef struct expert_count {
     double here, mapped; /* entries of a table that hold an address; that of host memory */
+    double odds; /* that any of the mapped ones is routed to; asked for where they are divided */
 } expert_count;
 
 static expert_count count_in_table(
@@ -80,11 +82,24 @@ static expert_count count_in_table(
     return n;
 }
 
-/* Of so many experts of a layer drawn without regard to which are shared, the GPU's on average. */
-static double mean_share(uint32_t n_expert, uint32_t n_shared, uint32_t n_drawn, uint32_t share)
+/* That any of n_some of a layer's experts is among those that a token is routed to, or any of so
+ * many tokens. */
+static double odds_of_any(uint32_t n_expert, double n_some, uint32_t k, uint32_t n_tok)
+{
+    double none = 1.0;
+    for (uint32_t t = 0; t < k && t < n_expert; t++)
+        none *= 1.0 - (n_some < n_expert - t ? n_some / (n_expert - t) : 1.0);
+    return 1.0 - pow(none, n_tok);
+}
+
+/* Of so many experts of a layer drawn without regard to which are shared, the GPU's on average.
+ * *odds: that it has any. */
+static double mean_share(
+    uint32_t n_expert, uint32_t n_shared, uint32_t n_drawn, uint32_t share, double *odds)
 {
     enum { MOST = 64 };
     double chance[MOST + 1] = {1.0}, mean = 0; /* that i of those drawn so far are shared */
+    *odds = 1.0;
     if (n_drawn > MOST) return (double)n_drawn * n_shared / n_expert * share / PS_SHARE_ONE;
     for (uint32_t t = 0; t < n_drawn; t++)
         for (uint32_t i = t + 1; i-- > 0;) {
@@ -92,7 +107,10 @@ static double mean_share(uint32_t n_expert, uint32_t n_shared, uint32_t n_drawn,
             chance[i + 1] += chance[i] * one;
             chance[i] *= 1.0 - one;
         }
-    for (uint32_t i = 0; i <= n_drawn; i++) mean += chance[i] * (double)PS_SHARE_OF(i, share);
+    for (uint32_t i = 0; i <= n_drawn; i++) {
+        mean += chance[i] * (double)PS_SHARE_OF(i, share);
+        if (PS_SHARE_OF(i, share) == 0) *odds -= chance[i];
+    }
     return mean;
 }
 
@@ -102,11 +120,13 @@ static expert_count count_gathered(
 {
     expert_count n = count_in_table(t, side, a->mapped, a->n_expert),
                  shared = count_in_table(t, side, a->shared, a->n_expert);
+    n.odds = odds_of_any(a->n_expert, n.mapped, a->k, a->n_tok);
     if (shared.here > 0) {
-        double drawn = ps_experts_touched(a->n_expert, a->k, a->n_tok);
+        double drawn = ps_experts_touched(a->n_expert, a->k, a->n_tok), odds = 0;
         uint32_t n_drawn = (uint32_t)(drawn + 0.5);
-        double share = mean_share(a->n_expert, (uint32_t)shared.here, n_drawn, a->share) *
+        double share = mean_share(a->n_expert, (uint32_t)shared.here, n_drawn, a->share, &odds) *
                        a->n_expert / (n_drawn * shared.here);
+        n.odds = 1.0 - (1.0 - n.odds) * (1.0 - odds);
         if (a->rest) share = 1.0 - share;
         n.here += share * shared.here;
         n.mapped += share * shared.mapped;
@@ -152,7 +172,14 @@ static void scale_to_far(const ps_plan *plan, int32_t unit, const ps_attn_args *
 
 ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
 {
+    double odds;
+    return ps_tick_cost_odds(t, i, &odds);
+}
+
+ps_cost ps_tick_cost_odds(const ps_ticks *t, uint32_t i, double *bus_odds)
+{
     const ps_tick *k = &t->tick[i];
+    *bus_odds = 1.0;
     if (k->kind != PS_TICK_RUN) return (ps_cost){0};
     ps_cost cost = ps_op_cost((ps_op_kind)k->op, t->args + k->index);
     uint32_t n_expert = 0;
@@ -163,16 +190,19 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
         if (a.slots.a == 0) return cost; /* tables only */
         n_expert = a.n_expert;
         n = count_gathered(t, PS_SIDE_DEV, &a, false);
+        *bus_odds = n.odds;
     } else if (k->op == PS_OP_MOE_UP) {
         ps_moe_up_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         n_expert = a.n_expert;
         n = count_experts(t, i, a.up_ptrs, n_expert);
+        *bus_odds = odds_of_any(n_expert, n.mapped, a.k, a.n_tok);
     } else if (k->op == PS_OP_MOE_DOWN) {
         ps_moe_down_args a;
         memcpy(&a, t->args + k->index, sizeof a);
         n_expert = a.n_expert;
         n = count_experts(t, i, a.down_ptrs, n_expert);
+        *bus_odds = odds_of_any(n_expert, n.mapped, a.k, a.n_tok);
     } else if (k->op == PS_OP_ATTN) {
         ps_attn_args a;
         memcpy(&a, t->args + k->index, sizeof a);
@@ -194,7 +224,8 @@ ps_cost ps_tick_cost(const ps_ticks *t, uint32_t i)
             if (ps_ref_space(ranges[j].ref) == PS_SPACE_HOST_ACT_DEV)
                 cost.bus_bytes += ranges[j].n_bytes;
     }
-    if (n.mapped > 0) cost.bus_bytes = (uint64_t)((double)cost.bytes * n.mapped / n_expert);
+    if (n.mapped > 0 || k->op == PS_OP_GATHER_EXPERTS)
+        cost.bus_bytes = (uint64_t)((double)cost.bytes * n.mapped / n_expert);
     if (n.here < n_expert) {
         cost.flops = (uint64_t)((double)cost.flops * n.here / n_expert);
         cost.bytes = (uint64_t)((double)cost.bytes * n.here / n_expert);

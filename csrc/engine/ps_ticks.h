@@ -146,6 +146,9 @@ uint32_t ps_tick_ranges(const ps_ticks *ticks, uint32_t i, ps_range *out, uint32
  * addresses its tables hold: elsewhere the others are somebody else's work; of divided ones, as
  * many as are its side's on average. Zeros for other ticks. */
 ps_cost ps_tick_cost(const ps_ticks *ticks, uint32_t i);
+/* The same. *bus_odds: that the op reads any of its bus_bytes, which are a mean over what tokens
+ * are routed to: few experts in host memory cost nothing mostly, and much now and then. */
+ps_cost ps_tick_cost_odds(const ps_ticks *ticks, uint32_t i, double *bus_odds);
 
 /* ---- the emitter, for lowering ---- */
 

@@ -735,7 +735,8 @@ typedef struct expert_traffic {
     uint64_t gathered, read; /* over the bus: by gathers, by the ops on experts */
     uint64_t of_moe;         /* all bytes of the ops on experts, on the GPU */
     uint32_t n_gathers;
-    bool cpu_first; /* every layer's ops on the CPU are issued before its gather */
+    double gather_odds; /* that the last of them reads anything */
+    bool cpu_first;     /* every layer's ops on the CPU are issued before its gather */
 } expert_traffic;
 
 static expert_traffic traffic_of(const ps_plan *plan, uint32_t tier, uint32_t n)
@@ -749,13 +750,15 @@ static expert_traffic traffic_of(const ps_plan *plan, uint32_t tier, uint32_t n)
     if (t != NULL) PS_CHECK_STATUS(ps_ticks_check(t, &err), PS_OK);
     for (uint32_t i = 0; t != NULL && i < t->n_ticks; i++) {
         const ps_tick *k = &t->tick[i];
-        ps_cost cost = ps_tick_cost(t, i);
+        double odds = 0;
+        ps_cost cost = ps_tick_cost_odds(t, i, &odds);
         bool expert = k->unit >= 0 && plan->model->units[k->unit].kind == PS_UNIT_EXPERT;
         if (k->kind == PS_TICK_COPY_IN && expert) x.copied += k->n_bytes;
         if (k->kind != PS_TICK_RUN) continue;
         if (k->op == PS_OP_GATHER_EXPERTS) {
             x.gathered += cost.bus_bytes;
             x.n_gathers++;
+            x.gather_odds = odds;
             gathered = k->unit;
         } else if (k->op == PS_OP_MOE_UP || k->op == PS_OP_MOE_DOWN) {
             if (k->stream == PS_STREAM_CPU) {
@@ -840,6 +843,8 @@ PS_TEST(gathers_leave_out_what_is_elsewhere)
         expert_traffic x = traffic_of(plan, 0, 1);
         PS_CHECK(x.n_gathers == hp->n_layer - 1 && x.copied == 0 && x.read == 0 && x.cpu_first);
         PS_CHECK(x.gathered == n_bytes * hp->n_expert_used / hp->n_expert); /* on average */
+        /* Three routed ones of eight, four of them near: in 4 of 56 cases all three. */
+        PS_CHECK(hp->n_expert_used == 3 && fabs(x.gather_odds - 52.0 / 56) < 1e-9);
     }
     ps_plan_destroy(plan);
     close_fixture(&f);
@@ -849,6 +854,7 @@ PS_TEST(gathers_leave_out_what_is_elsewhere)
 typedef struct division {
     uint32_t n_gathers[PS_SIDE_COUNT];
     uint64_t up_bytes[PS_SIDE_COUNT], bus_bytes;
+    double bus_odds;   /* of the last gather on the GPU */
     bool tables_agree; /* what MOE_COMBINE goes by is what the router's side gathered */
 } division;
 
@@ -870,7 +876,9 @@ static division division_of(const ps_plan *plan, uint32_t tier, const bool *mapp
         if (k->op == PS_OP_GATHER_EXPERTS) {
             d.n_gathers[side]++;
             down[side] = a.gather_experts.down_ptrs;
-            d.bus_bytes += ps_tick_cost(t, i).bus_bytes;
+            double odds = 0;
+            d.bus_bytes += ps_tick_cost_odds(t, i, &odds).bus_bytes;
+            if (side == PS_SIDE_DEV) d.bus_odds = odds;
         } else if (k->op == PS_OP_MOE_UP) {
             d.up_bytes[side] += ps_tick_cost(t, i).bytes;
         } else if (k->op == PS_OP_MOE_COMBINE) {
@@ -923,6 +931,7 @@ PS_TEST(bus_and_cpu_divide_what_is_routed)
      * bus gets none. */
     double mean = 50.0 / 56, want = mean * hp->n_layer * (double)image;
     PS_CHECK(fabs((double)d.bus_bytes - want) < 1e-3 * want);
+    PS_CHECK(fabs(d.bus_odds - mean) < 1e-9); /* never more than one */
     /* What the CPU has of all routed ones: six of eight, but for those. */
     double up = (double)(d.up_bytes[0] + d.up_bytes[1]);
     PS_CHECK(fabs((double)d.up_bytes[PS_SIDE_HOST] / up - (2.25 - mean) / 3) < 1e-3);

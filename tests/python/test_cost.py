@@ -101,6 +101,10 @@ def test_load_slows_down() -> None:
         1.25 * model.seconds("copy", Shape(bytes=1 << 20), "h2d")
     )
     assert model.seconds("matmul", shape, "cpu", "d2h") == pytest.approx(0.001)
+    # Gathers weigh as much as copies, until they were seen to weigh something else.
+    assert model.seconds("matmul", shape, "cpu", "gather") == pytest.approx(0.0015)
+    model = fit([matmul(1, 0.001), matmul(1, 0.0015, load="h2d"), matmul(1, 0.002, load="gather")])
+    assert model.seconds("matmul", shape, "cpu", "gather") == pytest.approx(0.002)
 
 
 def test_gathers_smaller_than_any_that_was_timed() -> None:
@@ -112,6 +116,22 @@ def test_gathers_smaller_than_any_that_was_timed() -> None:
     assert model.seconds("gather", Shape(bytes=2_000_000), "h2d") == pytest.approx(53e-6)
     assert model.seconds("gather", Shape(bytes=8192), "h2d") == pytest.approx(3e-6, rel=0.1)
     assert model.seconds("gather", Shape(bytes=1_000_000), "h2d") == pytest.approx(28e-6, rel=0.01)
+
+
+def test_ops_that_read_host_memory() -> None:
+    """As they were timed there; else as gathers, of which attention reaches a part of the rate and ops on experts all,
+    however little they read."""
+    gathers = [
+        Sample("h2d", "gather", None, 1, 0, n, s) for n, s in ((2 << 20, 6e-5), (4 << 20, 1e-4))
+    ]
+    keys = [Sample("h2d", "attn", "f16", 1, 0, n, s) for n, s in ((1 << 20, 1e-4), (3 << 20, 2e-4))]
+    assert fit(gathers).seconds("attn", Shape(bytes=2 << 20), "h2d") == pytest.approx(6e-5 / 0.42)
+    assert fit(gathers).seconds("moe_up", Shape(bytes=1 << 20), "h2d") == pytest.approx(4e-5)
+    assert fit(gathers).seconds("move", Shape(bytes=1 << 20), "h2d") == pytest.approx(3e-5, rel=0.1)
+    model = fit([*gathers, *keys])
+    for n_bytes, seconds in ((1 << 20, 1e-4), (2 << 20, 1.5e-4), (5 << 20, 3e-4)):
+        assert model.seconds("attn", Shape(bytes=n_bytes), "h2d") == pytest.approx(seconds)
+    assert model.seconds("gather", Shape(bytes=2 << 20), "h2d") == pytest.approx(6e-5)
 
 
 def test_copies_between_sizes_and_beyond() -> None:

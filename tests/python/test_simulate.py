@@ -16,7 +16,7 @@ import pytest
 
 import pipeshard as ps
 from pipeshard import _core, profiling
-from pipeshard._profile import Profile, Sample, rates_profile
+from pipeshard._profile import Profile, Sample, default_profile, rates_profile
 from pipeshard._simulator import Simulator, _Priced
 from pipeshard.cost import Shape
 from pipeshard.sched_policies.base import prompt_lengths, same_in_all, vram_share
@@ -338,11 +338,41 @@ def test_a_gather_starts_once(hollow: Any, server: Profile) -> None:
         assert simulator._seconds(tick, False, 1.0) == pytest.approx(tick["bus_bytes"] * 2e-10)
 
 
+def test_few_experts_on_the_bus_cost_much_now_and_then(hollow: Any, server: Profile) -> None:
+    """One of 128 experts in host memory: most tokens don't want it, and the op takes what it takes without; those that
+    do wait for all of it. The mean of both is more than what the mean of the bytes would take, which hides behind what
+    the op reads anyway. The emulated clock charges the mean."""
+    model = hollow("Qwen3-30B-A3B", layers=4)
+    reads = (Sample("h2d", "moe_up", "q4_0", 1, 0, n, n / 20e9) for n in (10**6, 10**7))
+    places = {u.name: "stream" if u.name.endswith("expert.7") else "vram" for u in model.units}
+    plan = ps.simulate(
+        model, vram="30GiB", profile=server, n_ctx=256, n_prompt=100,
+        policy=lambda ctx: replace(same_in_all(ctx, places), n_slots=4, slot_bytes=2 << 20),
+    ).plan  # fmt: skip
+    ops, ticks = _core.Plan.tick_names()[2], plan.bind(model).ticks(1)
+    (up, *_) = [t for t in ticks if ops[t["op"]] == "moe_up"]
+    assert up["bus_odds"] == pytest.approx(8 / 128)
+    assert up["bus_bytes"] == pytest.approx(up["bytes"] / 128, rel=1e-3)
+    simulator = Simulator(samples_with(server, *reads))
+    shape = Shape("q4_0", 1, int(up["flops"]), int(up["bytes"]))
+    alone = simulator.cost.seconds("moe_up", shape, "vram")
+    expert_s = up["bytes"] / 8 / 20e9
+    assert up["bus_bytes"] / 20e9 < alone < expert_s
+    mean = (120 * alone + 8 * expert_s) / 128
+    assert simulator._seconds(up, False, 1.0) == pytest.approx(mean, rel=1e-3)
+    clock = Simulator(default_profile("emu"))
+    assert clock._seconds(up, False, 1.0) == pytest.approx(
+        clock.cost.seconds(
+            "moe_up", shape._replace(bytes=int(up["bytes"] - up["bus_bytes"])), "vram"
+        )
+    )
+
+
 def contended(profile: Profile, *rows: tuple[str, str, int, float]) -> list[float]:
     """Seconds of ticks that all begin at once, each (stream, kind, bytes of host memory, seconds alone)."""
     simulator = Simulator(profile)
     kinds, streams = _core.Plan.tick_names()[:2]
-    fields = {"kind": "u1", "stream": "u1", "bytes": "u8", "bus_bytes": "u8"}
+    fields = {"kind": "u1", "stream": "u1", "op": "u1", "bytes": "u8", "bus_bytes": "u8"}
     ticks = np.zeros(len(rows), list(fields.items()))
     for tick, (stream, kind, n_bytes, _) in zip(ticks, rows, strict=True):
         tick["kind"], tick["stream"] = kinds.index(kind), streams.index(stream)
@@ -390,6 +420,15 @@ def test_gathers_slow_the_cpu_as_copies_do(server: Profile) -> None:
     assert slower == pytest.approx([0.020, 0.013], rel=0.01)
     half = contended(both, cpu, ("compute", "run", n_bytes // 2, 0.005))
     assert half == pytest.approx([0.015, 0.0065], rel=0.01)
+    # Where the CPU was timed beside gathers, it takes what it took; and then all read the same memory, so that what
+    # was measured of copies is all that there is to say.
+    same = samples_with(
+        both,
+        Sample("cpu", "matmul", None, 1, 0, 11 * 10**8, 0.015, load="gather"),
+    )
+    assert contended(same, cpu, ("compute", "run", n_bytes, 0.010))[0] == pytest.approx(0.015, 0.01)
+    assert contended(same, cpu, copy)[1] == 0.010
+    assert contended(both, cpu, copy)[1] == pytest.approx(0.0112)
 
 
 def test_without_a_profile_this_machines_own(
