@@ -102,7 +102,7 @@ PS_DEVICE int32_t page_of(const attn_params &p, uint32_t seq, uint32_t pos)
 
 /* Rows first .. first + KEYS - 1 of one side to shared memory, shared out over n_threads; zeros
  * from `end` on and where the page is not here, so that a weight of 0 never meets garbage. */
-template <int D, int KEYS>
+template <int D, int KEYS, ps_copy_way WAY = PS_PAST_L1>
 PS_DEVICE void load_side(const attn_params &p, ps_dptr side, uint16_t *to, uint32_t seq,
     uint32_t kv_head, uint32_t first, uint32_t end, uint32_t thread, uint32_t n_threads)
 {
@@ -117,7 +117,7 @@ PS_DEVICE void load_side(const attn_params &p, ps_dptr side, uint16_t *to, uint3
         uint16_t *dst = to + row * pitch<D>() + chunk * 8;
         const uint8_t *src = (const uint8_t *)side.a + (page < 0 ? 0 : at * p.row_bytes);
         if (kv.fmt == PS_FMT_F16)
-            ps_copy16(dst, src + (page < 0 ? 0 : chunk * 16), page < 0 ? 0 : 16);
+            ps_copy16<WAY>(dst, src + (page < 0 ? 0 : chunk * 16), page < 0 ? 0 : 16);
         else
             *(uint4 *)dst = page < 0 ? make_uint4(0, 0, 0, 0) : q8_chunk(src, chunk);
     }
@@ -475,8 +475,9 @@ __global__ void __launch_bounds__(ATTN_WARPS * 32)
     }
     float out[D / 8][4] = {};
     for (uint32_t first = (uint32_t)begin + warp * KEYS; first < end; first += round) {
-        load_side<D, KEYS>(p, p.a.kv.k, keys, seq, kv_head, first, end, lane, 32);
-        load_side<D, KEYS>(p, p.a.kv.v, keys + TILE, seq, kv_head, first, end, lane, 32);
+        load_side<D, KEYS, PS_THROUGH_L1>(p, p.a.kv.k, keys, seq, kv_head, first, end, lane, 32);
+        load_side<D, KEYS, PS_THROUGH_L1>(
+            p, p.a.kv.v, keys + TILE, seq, kv_head, first, end, lane, 32);
         ps_copy_commit();
         const uint64_t present = present_keys<KEYS>(p, seq, first, end);
         ps_copy_wait<0>();

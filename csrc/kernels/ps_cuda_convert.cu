@@ -20,12 +20,20 @@ PS_DEVICE float row_scale(float max)
     return __uint_as_float((uint32_t)(exponent > 1 ? exponent : 1) << 23);
 }
 
-/* A thread's share of a row: its largest value, and pairs of columns to 16 bits. */
+/* A thread's share of a row: its largest value, and its columns to 16 bits. */
 PS_DEVICE float max_of_share(
     const ps_to16_params &p, uint64_t row, uint32_t thread, uint32_t n_threads)
 {
     const float *x = p.x + row * p.ldx;
     float max = 0.0f;
+    if (p.aligned) {
+#pragma unroll 4
+        for (uint32_t c = thread; c < p.n_cols / 4; c += n_threads) {
+            const float4 v = ((const float4 *)x)[c];
+            max = fmaxf(max, fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w))));
+        }
+        return max;
+    }
     for (uint32_t c = thread; c < p.n_cols; c += n_threads) max = fmaxf(max, fabsf(x[c]));
     return max;
 }
@@ -35,8 +43,20 @@ PS_DEVICE void write_share(
 {
     const float *x = p.x + row * p.ldx;
     const float inverse = __uint_as_float((254u << 23) - __float_as_uint(scale));
-    uint32_t *out = (uint32_t *)(p.x16 + row * p.ldx16); /* ldx16 is even */
+    uint32_t *out = (uint32_t *)(p.x16 + row * p.ldx16); /* ldx16 is a multiple of 64 */
     if (thread == 0) p.scale[row] = scale;
+    if (p.aligned) {
+#pragma unroll 4
+        for (uint32_t c = thread; c < p.ldx16 / 4; c += n_threads) {
+            const float4 v = c < p.n_cols / 4 ? ((const float4 *)x)[c] : make_float4(0, 0, 0, 0);
+            const uint32_t lo =
+                p.bf16 ? ps_pack_bf16(v.x, v.y) : ps_pack_f16(v.x * inverse, v.y * inverse);
+            const uint32_t hi =
+                p.bf16 ? ps_pack_bf16(v.z, v.w) : ps_pack_f16(v.z * inverse, v.w * inverse);
+            ((uint2 *)out)[c] = make_uint2(lo, hi);
+        }
+        return;
+    }
     for (uint32_t c = thread; c < p.ldx16 / 2; c += n_threads) {
         const float lo = 2 * c < p.n_cols ? x[2 * c] * inverse : 0.0f;
         const float hi = 2 * c + 1 < p.n_cols ? x[2 * c + 1] * inverse : 0.0f;
@@ -88,7 +108,7 @@ static __global__ void __launch_bounds__(ROUTED_WARPS * 32)
     write_share(p.to16, row, lane, 32, scale);
 }
 
-ps_status ps_cuda_to16_routed(const ps_launch *launch, const ps_to16_params *p, const ps_rows *r)
+ps_status ps_cuda_to16_routed(const ps_launch *launch, ps_to16_params *p, const ps_rows *r)
 {
     routed_params params = {*p, r->ids, r->w0, r->mode == PS_ROWS_PAIR ? r->w1 : r->w0, r->x_div};
     return ps_cuda_launch(launch, (const void *)k_to16_routed,

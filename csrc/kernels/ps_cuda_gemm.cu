@@ -119,7 +119,6 @@ PS_DEVICE bool locate_tile(const ps_gemm_params &p, uint32_t m, tile_rows *t, ti
     t->n0 = blockIdx.x * (r.mode == PS_ROWS_PAIR ? TN / 2 : TN);
     t->valid = TM;
     if (plain) {
-        if (first >= p.n_tok) return false;
         if (p.n_tok - first < TM) t->valid = p.n_tok - first;
         t->part = (r.n_parts > 1 && blockIdx.x >= r.part[1].first) +
                   (r.n_parts > 2 && blockIdx.x >= r.part[2].first);
@@ -395,7 +394,7 @@ __global__ void __launch_bounds__(THREADS, 2) k_gemm(const __grid_constant__ ps_
     __shared__ tile_smem s;
     ps_dep_wait();
     tile_rows t;
-    for (uint32_t m = blockIdx.y; locate_tile(p, m, &t, &s); m += gridDim.y) {
+    for (uint32_t m = blockIdx.y; m < p.m_tiles && locate_tile(p, m, &t, &s); m += gridDim.y) {
         __syncthreads();
         make_tile<F>(p, t, s, smem);
         __syncthreads(); /* nobody reads what the next tile overwrites */
@@ -445,12 +444,10 @@ static uint64_t gemm_smem_bytes(const gemm_kernel *g, uint32_t a_stages)
     return a_stages * A_ELEMS * 2ull + b_tiles * B_ELEMS * 2 + 2ull * TN * g->raw_pitch;
 }
 
-/* Tiles of inputs to launch blocks for: each expert's last may not be full. Of those that are here
- * a half more than an even share, of all experts every tile that there can be. */
-static uint32_t expert_tiles(const ps_rows *r)
+/* Tiles of inputs to launch blocks for, of at most as many as there can be: of the experts that are
+ * here a half more than an even share, and one each that is not full. */
+static uint32_t expert_tiles(const ps_rows *r, uint32_t most)
 {
-    const uint32_t most =
-        r->n_assign / TM + (r->n_expert < r->n_assign ? r->n_expert : r->n_assign);
     if (r->n_here == 0 || r->n_here >= r->n_expert) return most;
     const uint64_t even = ps_div_up((uint64_t)r->n_assign * r->n_here, (uint64_t)r->n_expert * TM);
     const uint64_t wanted = even + even / 2 + r->n_here;
@@ -467,7 +464,7 @@ ps_status ps_cuda_gemm(const ps_launch *launch, uint32_t fmt, ps_gemm_params *p)
     if (smem_bytes > smem_limit) return PS_EINTERNAL;
     ps_rows *r = &p->rows;
     p->w_aligned = p->row_bytes % 16 == 0;
-    uint32_t n_tiles = ps_div_up(r->n_rows, r->mode == PS_ROWS_PAIR ? TN / 2 : TN), m_tiles;
+    uint32_t n_tiles = ps_div_up(r->n_rows, r->mode == PS_ROWS_PAIR ? TN / 2 : TN), launched;
     if (r->mode == PS_ROWS_PARTS) {
         n_tiles = 0;
         for (uint32_t i = 0; i < r->n_parts; i++) {
@@ -475,10 +472,11 @@ ps_status ps_cuda_gemm(const ps_launch *launch, uint32_t fmt, ps_gemm_params *p)
             n_tiles += ps_div_up(r->part[i].n_rows, TN);
             p->w_aligned = p->w_aligned && (uintptr_t)r->part[i].w % 16 == 0;
         }
-        m_tiles = ps_div_up(p->n_tok, TM);
-    } else {
-        m_tiles = expert_tiles(r);
+        launched = p->m_tiles = ps_div_up(p->n_tok, TM);
+    } else { /* every expert may end in a tile that is not full */
+        p->m_tiles = r->n_assign / TM + (r->n_expert < r->n_assign ? r->n_expert : r->n_assign);
+        launched = expert_tiles(r, p->m_tiles);
     }
-    if (m_tiles > 65535) return PS_EINTERNAL; /* 8 million inputs in a call */
-    return ps_cuda_launch(launch, g->kernel, dim3(n_tiles, m_tiles), THREADS, smem_bytes, p);
+    if (launched > 65535) return PS_EINTERNAL; /* 8 million inputs in a call */
+    return ps_cuda_launch(launch, g->kernel, dim3(n_tiles, launched), THREADS, smem_bytes, p);
 }

@@ -60,6 +60,7 @@ typedef struct ps_gemm_params {
     uint32_t n_tok, n_cols, ldx16;
     uint32_t w_aligned; /* F16, BF16: rows of weights may be read 16 bytes at a time */
     uint32_t a_stages;  /* tiles of inputs in shared memory: 2 or 3 */
+    uint32_t m_tiles;   /* tiles of inputs there can be, not all of which are launched */
     ps_rows rows;
 } ps_gemm_params;
 
@@ -77,10 +78,11 @@ typedef struct ps_to16_params {
     uint16_t *x16;
     float *scale;
     uint32_t n_x, n_cols, ldx, ldx16, bf16;
+    uint32_t aligned; /* rows may be read as float4 */
 } ps_to16_params;
 ps_status ps_cuda_to16(const ps_launch *launch, ps_to16_params *p);
 /* Only the rows that an expert with an address takes; the others stay as they were. */
-ps_status ps_cuda_to16_routed(const ps_launch *launch, const ps_to16_params *p, const ps_rows *r);
+ps_status ps_cuda_to16_routed(const ps_launch *launch, ps_to16_params *p, const ps_rows *r);
 
 /* Rows of blocks to 16 bits (F16, or BF16 for MXFP4), padded with zeros to ldw16. */
 typedef struct ps_dequant_params {

@@ -332,7 +332,7 @@ static ps_status run_x16(const ps_launch *launch, const ps_matmul_args *a, bool 
             c.scale = ps_ptr<float>(ps_dptr_add(a->ws, c.layout.scale));
             c.ld16 = (uint32_t)ps_cuda_pad_cols(a->n_cols);
             ps_to16_params p = {ps_ptr<const float>(a->x), c.x16, c.scale, a->n_tok, a->n_cols,
-                a->ldx, c.ld16, bf16};
+                a->ldx, c.ld16, bf16, ps_rows_aligned(a->x, a->ldx) && a->n_cols % 4 == 0};
             status = ps_cuda_to16(launch, &p);
             converted = true;
         }

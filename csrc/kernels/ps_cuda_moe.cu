@@ -58,7 +58,8 @@ static ps_status run_experts(const expert_call *c, uint32_t fmt)
     }
     ps_to16_params x = {c->x, ps_ptr<uint16_t>(c->ws),
         ps_ptr<float>(ps_dptr_add(c->ws, c->x16.scale)), c->n_x, c->n_cols, c->ldx,
-        (uint32_t)ps_cuda_pad_cols(c->n_cols), ps_cuda_is_bf16(fmt)};
+        (uint32_t)ps_cuda_pad_cols(c->n_cols), ps_cuda_is_bf16(fmt),
+        c->x_aligned && c->n_cols % 4 == 0};
     const ps_status status = ps_cuda_to16_routed(c->launch, &x, &c->rows);
     if (status != PS_OK) return status;
     ps_gemm_params p = {};

@@ -156,12 +156,25 @@ PS_DEVICE void ps_ldmatrix_t(uint32_t r[4], const void *row)
  * thread's copies are there for that thread after ps_copy_wait, for others after a barrier behind
  * it. */
 
+typedef enum ps_copy_way {
+    PS_PAST_L1,    /* what nobody reads again soon */
+    PS_THROUGH_L1, /* what may be host memory: whole lines cross the bus at 50 GB/s, 32 bytes at a
+                    * time, as they are asked for past L1, at 29 (H200) */
+} ps_copy_way;
+
+template <ps_copy_way WAY = PS_PAST_L1>
 PS_DEVICE void ps_copy16(void *dst, const void *src, uint32_t n_bytes)
 {
 #if PS_HAVE_SM80
     const uint32_t at = (uint32_t)__cvta_generic_to_shared(dst);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(src), "r"(n_bytes)
-                 : "memory");
+    if constexpr (WAY == PS_THROUGH_L1)
+        asm volatile(
+            "cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(src), "r"(n_bytes)
+            : "memory");
+    else
+        asm volatile(
+            "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(at), "l"(src), "r"(n_bytes)
+            : "memory");
 #else
     if (n_bytes == 16) {
         *(uint4 *)dst = *(const uint4 *)src;
