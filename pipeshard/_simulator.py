@@ -245,7 +245,9 @@ class Simulator:
                 seconds[here] = n * (flag + max(cross, fill))
 
     def _seconds(self, tick: Any, graph: bool, fill: float) -> float:
-        kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied, bus_odds = tick.item()
+        kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied, bus_odds = (
+            tick.item()
+        )
         odds = float(bus_odds)
         kinds, streams, ops, formats = _names()
         what = kinds[kind]
