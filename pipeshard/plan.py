@@ -274,12 +274,11 @@ def _look_up_known(
 ) -> bool:
     """As _look_up(), but KeyError or TypeError for what is missing or no place. Thousands of units have few places."""
     places = operator.itemgetter(*index)(units)
-    known = {id(place): place for place in places}
-    at = dict(zip(known, range(len(known)), strict=True))
-    which = np.fromiter(map(at.__getitem__, map(id, places)), np.intp, len(places))
+    addresses = np.fromiter(map(id, places), np.intp, len(places))
+    _, first, which = np.unique(addresses, return_index=True, return_inverse=True)
     rows = [
         (_SPLIT, p.vram, p.stream) if isinstance(p, Split) else (_KINDS[p], 0.0, 0.0)
-        for p in known.values()
+        for p in map(places.__getitem__, first.tolist())
     ]
     table = np.array(rows, np.float32)
     kinds[:], shares[:] = table[which, 0], table[which, 1:]
