@@ -1,8 +1,9 @@
 /* ps_cpu_attn - attention over the paged cache, written once over ps_cpu_vec.h and compiled by
  * ps_cpu_avx2_attn.c and ps_cpu_avx512_attn.c. Two ways, chosen by the number of tokens alone:
  * - few tokens (PS_CPU_GEMV_MAX_TOK): each thread takes whole pieces of CHUNK keys of one token and
- *   KV head, with all query heads that share it, so that the cache is read once and long contexts
- *   keep every thread busy; the pieces' partial softmaxes are merged in order of position.
+ *   KV head, with all query heads that share it, so that the cache is read and widened once and
+ * long contexts keep every thread busy; the pieces' partial softmaxes are merged in order of
+ * position.
  * - many: tiles of queries of one sequence against blocks of BLOCK keys, as matrix products.
  * Softmax runs online: keys come in blocks at fixed positions, sums are rescaled when the maximum
  * grows. A row's result depends on its own keys only: blocks that it does not see add exact zeros.
@@ -18,7 +19,8 @@
 
 enum {
     CHUNK = 512,     /* keys of a piece */
-    BLOCK = 64,      /* keys of a block of tiles */
+    BLOCK = 64,      /* keys of a block */
+    ROWS = 16,       /* of them, those that a piece has as floats at a time: they stay in L1 */
     TILE_ROWS = 64,  /* queries of a tile: tokens times heads of one KV head */
     GROUP_ROWS = 16, /* query heads of a piece */
 };
@@ -50,24 +52,29 @@ static int64_t row_at(const job *j, int32_t seq, uint32_t h, uint64_t p)
     return (int64_t)(row * j->row_bytes);
 }
 
+/* The last n of a row's elements as a vector, zeros behind them. */
+static void read_edge(const char *row, uint32_t n, float *out)
+{
+    uint16_t edge[VF_N] = {0};
+    memcpy(edge, row, n * sizeof *edge);
+    vf_store(out, vf_load_f16(edge));
+}
+
 /* n floats (a multiple of VF_N) of a cache row of head_dim elements, zeros behind them. */
-static void read_row(const job *j, const char *row, float *out)
+static inline __attribute__((always_inline)) void read_row(
+    const job *j, const char *row, float *out)
 {
     const uint32_t d = j->a->kv.head_dim;
     if (j->a->kv.fmt == PS_FMT_F16) {
         uint32_t i = 0;
         for (; i + VF_N <= d; i += VF_N) vf_store(out + i, vf_load_f16(row + 2 * i));
-        if (i < d) {
-            uint16_t edge[VF_N] = {0};
-            memcpy(edge, row + 2 * i, (d - i) * sizeof *edge);
-            vf_store(out + i, vf_load_f16(edge));
-        }
+        if (i < d) read_edge(row + 2 * i, d - i, out + i);
         return;
     }
     for (uint32_t b = 0; b < d / 32; b++) { /* Q8_0: a scale and 32 bytes */
         uint16_t h;
         memcpy(&h, row + 34 * (uint64_t)b, 2);
-        const vf scale = vf_set(ps_f16_to_f32(h));
+        const vf scale = vf_set(_cvtsh_ss(h));
         for (uint32_t i = 0; i < 32; i += VF_N)
             vf_store(out + 32 * b + i, vf_mul(scale, vf_load_i8(row + 34 * (uint64_t)b + 2 + i)));
     }
@@ -115,6 +122,26 @@ static float soften(const job *j, float *s, uint32_t n, float *max, float *sum)
     return shrink[0];
 }
 
+/* out[4][n vectors from column c] = out * shrink + s[4][BLOCK] . values[n_keys][...] */
+static inline __attribute__((always_inline)) void weigh_values(const float *s, const float *shrink,
+    const float *values, uint32_t n_keys, uint32_t dp, int n, float *out)
+{
+    vf acc[4][4];
+    for (int r = 0; r < 4; r++)
+        for (int i = 0; i < n; i++)
+            acc[r][i] = vf_mul(vf_load(out + (uint32_t)r * dp + i * VF_N), vf_set(shrink[r]));
+    for (uint32_t k = 0; k < n_keys; k++) {
+        vf v[4];
+        for (int i = 0; i < n; i++) v[i] = vf_load(values + k * dp + i * VF_N);
+        for (int r = 0; r < 4; r++) {
+            const vf x = vf_set(s[(uint32_t)r * BLOCK + k]);
+            for (int i = 0; i < n; i++) acc[r][i] = vf_fma(x, v[i], acc[r][i]);
+        }
+    }
+    for (int r = 0; r < 4; r++)
+        for (int i = 0; i < n; i++) vf_store(out + (uint32_t)r * dp + i * VF_N, acc[r][i]);
+}
+
 /* out = acc / sum, and the row's (maximum, sum); the sink joins here. */
 static void finish_row(
     const job *j, uint64_t t, uint32_t head, const float *acc, float max, float sum)
@@ -140,36 +167,23 @@ static void finish_row(
 
 /* ---- few tokens: pieces ---- */
 
-/* Products of one query with VF_N keys ([VF_N][dp] floats), a key a lane. */
-static vf dots(const float *q, const float *k, uint32_t dp)
+/* Products of 4 queries with VF_N / 4 keys: s[4][BLOCK]. */
+static void dots(const float *q, const float *k, uint32_t dp, float *s)
 {
-    vf s[VF_N];
-    for (uint32_t r = 0; r < VF_N; r += 4) {
-        const float *k0 = k + r * dp;
-        vf a = vf_zero(), b = vf_zero(), c = vf_zero(), d = vf_zero();
-        for (uint32_t i = 0; i < dp; i += VF_N) {
-            const vf x = vf_load(q + i);
-            a = vf_fma(x, vf_load(k0 + i), a);
-            b = vf_fma(x, vf_load(k0 + dp + i), b);
-            c = vf_fma(x, vf_load(k0 + 2 * dp + i), c);
-            d = vf_fma(x, vf_load(k0 + 3 * dp + i), d);
-        }
-        s[r] = a, s[r + 1] = b, s[r + 2] = c, s[r + 3] = d;
-    }
-    return vf_sums(s);
-}
-
-/* acc = acc * shrink + weights . v, v: [VF_N][dp] floats. */
-static void add_values(float *acc, float shrink, const float *w, const float *v, uint32_t dp)
-{
+    enum { KEYS = VF_N / 4 };
+    vf acc[VF_N];
+    float sums[VF_N];
+    for (int i = 0; i < VF_N; i++) acc[i] = vf_zero();
     for (uint32_t i = 0; i < dp; i += VF_N) {
-        vf s = vf_mul(vf_load(acc + i), vf_set(shrink)), s2 = vf_zero();
-        for (uint32_t r = 0; r < VF_N; r += 2) {
-            s = vf_fma(vf_set(w[r]), vf_load(v + r * dp + i), s);
-            s2 = vf_fma(vf_set(w[r + 1]), vf_load(v + (r + 1) * dp + i), s2);
+        vf x[4];
+        for (uint32_t h = 0; h < 4; h++) x[h] = vf_load(q + h * dp + i);
+        for (uint32_t r = 0; r < KEYS; r++) {
+            const vf y = vf_load(k + r * dp + i);
+            for (uint32_t h = 0; h < 4; h++) acc[h * KEYS + r] = vf_fma(x[h], y, acc[h * KEYS + r]);
         }
-        vf_store(acc + i, vf_add(s, s2));
     }
+    vf_store(sums, vf_sums(acc));
+    for (uint32_t h = 0; h < 4; h++) memcpy(s + h * BLOCK, sums + h * KEYS, KEYS * sizeof *s);
 }
 
 /* Which piece: token, KV head, query heads [head, head + n), keys [from, to). */
@@ -178,47 +192,144 @@ typedef struct piece {
     uint32_t kv_head, head, n;
 } piece;
 
-/* A piece's partial result: for each head dp sums, the maximum and the sum. */
+/* Where the rows of a block of keys are, -1 for those beyond the piece and on the other side;
+ * whether any is here. */
+static bool find_rows(const job *j, const piece *p, uint64_t b, int64_t at[BLOCK])
+{
+    const uint64_t page_tok = j->a->kv.page_tok;
+    bool any = false;
+    for (uint64_t r = 0, n; r < BLOCK; r += n) { /* page by page */
+        n = ps_min_u64(page_tok - (b + r) % page_tok, BLOCK - r);
+        const bool inside = b + r < p->to && b + r + n > p->from;
+        const int64_t first = inside ? row_at(j, j->seq[p->t], p->kv_head, b + r) : -1;
+        for (uint64_t i = 0; i < n; i++) {
+            const bool seen = first >= 0 && b + r + i >= p->from && b + r + i < p->to;
+            at[r + i] = seen ? first + (int64_t)(i * j->row_bytes) : -1;
+            any |= seen;
+        }
+    }
+    return any;
+}
+
+/* ROWS rows of the cache as floats, zeros for those that are not here; false if none is. */
+static bool read_rows(const job *j, const char *cache, const int64_t *at, float *out)
+{
+    bool any = false;
+    for (uint32_t r = 0; r < ROWS; r++) any |= at[r] >= 0;
+    for (uint32_t r = 0; r < ROWS && any; r++) {
+        if (at[r] >= 0)
+            read_row(j, cache + at[r], out + r * j->dp);
+        else
+            memset(out + r * j->dp, 0, j->dp * sizeof *out);
+    }
+    return any;
+}
+
+/* Asks for rows that are wanted half a block later: rows of a head are together for a page only,
+ * too short for a prefetcher to find its pace. */
+static void expect_rows(const job *j, const char *cache, const int64_t *at, uint32_t n)
+{
+    for (uint32_t r = 0; r < n; r++)
+        for (uint64_t i = 0; at[r] >= 0 && i < j->row_bytes; i += 64)
+            __builtin_prefetch(cache + at[r] + i, 0, 2);
+}
+
+/* What a thread has of the piece in hand: heads in fours, the last of them zeros. */
+typedef struct group {
+    float *rows, *q, *acc, *s; /* [ROWS][dp], [heads][dp] twice, [heads][BLOCK] */
+    float max[GROUP_ROWS], sum[GROUP_ROWS], shrink[GROUP_ROWS];
+} group;
+
+enum { GROUP_FLOATS = ROWS + 2 * GROUP_ROWS }; /* times dp, and GROUP_ROWS * BLOCK */
+
+static void open_group(const job *j, const piece *p, group *g, float *work)
+{
+    const uint32_t dp = j->dp, d = j->a->kv.head_dim, n = (p->n + 3) / 4 * 4;
+    g->rows = work;
+    g->q = g->rows + ROWS * dp;
+    g->acc = g->q + GROUP_ROWS * dp;
+    g->s = g->acc + GROUP_ROWS * dp;
+    memset(g->q, 0, n * dp * sizeof *g->q);
+    memset(g->acc, 0, n * dp * sizeof *g->acc);
+    for (uint32_t h = 0; h < p->n; h++) {
+        const float *q = j->q + p->t * j->a->ldq + (uint64_t)(p->head + h) * d;
+        memcpy(g->q + h * dp, q, d * sizeof *q);
+    }
+    for (uint32_t h = 0; h < n; h++) {
+        g->max[h] = -INFINITY;
+        g->sum[h] = g->shrink[h] = 0;
+    }
+}
+
+/* Weights of a block of keys, and how far what was summed before them shrinks. Values come next. */
+static void weigh_keys(const job *j, const piece *p, group *g, const int64_t *at)
+{
+    const uint32_t dp = j->dp;
+    for (uint32_t k = 0; k < BLOCK; k += ROWS) {
+        if (!read_rows(j, j->k, at + k, g->rows)) continue; /* masked below */
+        for (uint32_t r = 0; r < ROWS; r += VF_N / 4) {
+            expect_rows(j, j->v, at + k + r, VF_N / 4);
+            for (uint32_t h = 0; h < p->n; h += 4)
+                dots(g->q + h * dp, g->rows + r * dp, dp, g->s + h * BLOCK + k + r);
+        }
+    }
+    for (uint32_t h = 0; h < p->n; h++) {
+        float *s = g->s + h * BLOCK;
+        for (uint32_t k = 0; k < BLOCK; k++)
+            if (at[k] < 0) s[k] = -INFINITY;
+        g->shrink[h] = soften(j, s, BLOCK, &g->max[h], &g->sum[h]);
+    }
+}
+
+/* next: of the block behind, NULL: there is none. */
+static void add_values(
+    const job *j, const piece *p, group *g, const int64_t *at, const int64_t *next)
+{
+    enum { COLS = VF_N / 4 }; /* vectors at a time: so many sums of 4 heads stay in registers */
+    const uint32_t dp = j->dp;
+    for (uint32_t k = 0; k < BLOCK; k += ROWS) {
+        if (!read_rows(j, j->v, at + k, g->rows)) continue;
+        uint32_t r = k, r_step = 4 * ROWS / ((p->n + 3) / 4 * 4);
+        for (uint32_t h = 0; h < p->n; h += 4, r += r_step) {
+            if (next != NULL) expect_rows(j, j->k, next + r, r_step);
+            for (uint32_t c = 0; c < dp; c += COLS * VF_N) {
+                const float *w = g->s + h * BLOCK + k, *v = g->rows + c;
+                float *out = g->acc + h * dp + c;
+                switch (ps_min_u64((dp - c) / VF_N, COLS)) {
+                case 1: weigh_values(w, g->shrink + h, v, ROWS, dp, 1, out); break;
+                case 2: weigh_values(w, g->shrink + h, v, ROWS, dp, 2, out); break;
+                case 3: weigh_values(w, g->shrink + h, v, ROWS, dp, 3, out); break;
+                default: weigh_values(w, g->shrink + h, v, ROWS, dp, 4, out); break;
+                }
+            }
+        }
+        for (uint32_t h = 0; h < p->n; h++) g->shrink[h] = 1.0f; /* once a block */
+    }
+}
+
+/* A piece's partial result: for each head dp sums, the maximum and the sum. Blocks lie at multiples
+ * of BLOCK, so that a key's block does not depend on the window's start. */
 static void run_piece(const job *j, const piece *p, float *part, float *work)
 {
-    const ps_attn_args *a = j->a;
-    const uint32_t dp = j->dp, d = a->kv.head_dim;
-    float *rows = work, *q = rows + VF_N * dp; /* [VF_N][dp], [n][dp] */
-    float s[GROUP_ROWS][VF_N], shrink[GROUP_ROWS];
-    for (uint32_t h = 0; h < p->n; h++) {
-        memset(q + h * dp, 0, dp * sizeof *q);
-        memcpy(q + h * dp, j->q + p->t * a->ldq + (uint64_t)(p->head + h) * d, d * sizeof *q);
-        memset(part + h * (dp + 2), 0, (dp + 1) * sizeof *part);
-        part[h * (dp + 2) + dp] = -INFINITY;
-        part[h * (dp + 2) + dp + 1] = 0;
+    const uint32_t dp = j->dp;
+    group g;
+    int64_t at[2][BLOCK];
+    open_group(j, p, &g, work);
+    uint64_t b = p->from / BLOCK * BLOCK;
+    bool here = find_rows(j, p, b, at[0]);
+    for (uint32_t i = 0; b < p->to; b += BLOCK, i ^= 1) {
+        const bool more = b + BLOCK < p->to && find_rows(j, p, b + BLOCK, at[i ^ 1]);
+        if (here) {
+            weigh_keys(j, p, &g, at[i]);
+            add_values(j, p, &g, at[i], more ? at[i ^ 1] : NULL);
+        }
+        here = more;
     }
-    /* Blocks at multiples of VF_N, so that a key's block does not depend on the window's start. */
-    for (uint64_t b = p->from / VF_N * VF_N; b < p->to; b += VF_N) {
-        int64_t at[VF_N];
-        bool any = false;
-        for (uint64_t r = 0; r < VF_N; r++) {
-            const bool seen = b + r >= p->from && b + r < p->to;
-            at[r] = seen ? row_at(j, j->seq[p->t], p->kv_head, b + r) : -1;
-            any |= at[r] >= 0;
-        }
-        if (!any) continue;
-        for (uint32_t r = 0; r < VF_N; r++) {
-            if (at[r] >= 0)
-                read_row(j, j->k + at[r], rows + r * dp);
-            else
-                memset(rows + r * dp, 0, dp * sizeof *rows);
-        }
-        for (uint32_t h = 0; h < p->n; h++) {
-            float *end = part + h * (dp + 2) + dp;
-            vf_store(s[h], dots(q + h * dp, rows, dp));
-            for (uint32_t r = 0; r < VF_N; r++)
-                if (at[r] < 0) s[h][r] = -INFINITY;
-            shrink[h] = soften(j, s[h], VF_N, &end[0], &end[1]);
-        }
-        for (uint32_t r = 0; r < VF_N; r++) /* the rows that are missing are zero already */
-            if (at[r] >= 0) read_row(j, j->v + at[r], rows + r * dp);
-        for (uint32_t h = 0; h < p->n; h++)
-            add_values(part + h * (dp + 2), shrink[h], s[h], rows, dp);
+    for (uint32_t h = 0; h < p->n; h++) {
+        float *out = part + h * (dp + 2);
+        memcpy(out, g.acc + h * dp, dp * sizeof *out);
+        out[dp] = g.max[h];
+        out[dp + 1] = g.sum[h];
     }
 }
 
@@ -292,18 +403,16 @@ static uint64_t chunks_of(const job *j, uint64_t t)
     return pos / CHUNK - first_key(j, pos) / CHUNK + 1;
 }
 
+/* Pieces in turn: of a cache in two parts those without a key here are neighbours. */
 static void few_part(void *ctx, int i_thread, int n_threads)
 {
     const job *j = ctx;
     float *work = j->work + (uint64_t)i_thread * j->work_floats;
-    uint64_t n_pieces = 0, begin, end;
-    const uint32_t per_kv = (j->group + GROUP_ROWS - 1) / GROUP_ROWS;
-    for (uint64_t t = 0; t < j->a->n_tok; t++)
-        n_pieces += chunks_of(j, t) * j->a->kv.n_kv_head * per_kv;
-    ps_cpu_share(n_pieces, 1, i_thread, n_threads, &begin, &end);
+    uint64_t begin, end;
     walk w = {0};
-    while (next_piece(j, &w) && w.index < end && !ps_cpu_aborted(j->launch))
-        if (w.index >= begin) run_piece(j, &w.p, j->parts + w.at * (j->dp + 2), work);
+    while (next_piece(j, &w) && !ps_cpu_aborted(j->launch))
+        if (w.index % (uint64_t)n_threads == (uint64_t)i_thread)
+            run_piece(j, &w.p, j->parts + w.at * (j->dp + 2), work);
     if (j->launch->pool != NULL) ps_pool_barrier(j->launch->pool);
     uint64_t first_part = 0, row = 0;
     ps_cpu_share((uint64_t)j->a->n_tok * j->a->n_head, 1, i_thread, n_threads, &begin, &end);
@@ -403,26 +512,6 @@ static void tile_scores(const float *q, const float *keys, uint32_t dp, float *s
     }
 }
 
-/* out[4][n vectors from column c] = out * shrink + s[4][BLOCK] . values[BLOCK][...] */
-static inline __attribute__((always_inline)) void tile_values(
-    const float *s, const float *shrink, const float *values, uint32_t dp, int n, float *out)
-{
-    vf acc[4][4];
-    for (int r = 0; r < 4; r++)
-        for (int i = 0; i < n; i++)
-            acc[r][i] = vf_mul(vf_load(out + (uint32_t)r * dp + i * VF_N), vf_set(shrink[r]));
-    for (uint32_t k = 0; k < BLOCK; k++) {
-        vf v[4];
-        for (int i = 0; i < n; i++) v[i] = vf_load(values + k * dp + i * VF_N);
-        for (int r = 0; r < 4; r++) {
-            const vf x = vf_set(s[(uint32_t)r * BLOCK + k]);
-            for (int i = 0; i < n; i++) acc[r][i] = vf_fma(x, v[i], acc[r][i]);
-        }
-    }
-    for (int r = 0; r < 4; r++)
-        for (int i = 0; i < n; i++) vf_store(out + (uint32_t)r * dp + i * VF_N, acc[r][i]);
-}
-
 static void add_block(const job *j, tile *t, uint64_t b, const bool *here)
 {
     const uint32_t dp = j->dp, n = (t->n_rows + 3) / 4 * 4;
@@ -443,10 +532,10 @@ static void add_block(const job *j, tile *t, uint64_t b, const bool *here)
             const float *s = t->s + r * BLOCK, *v = t->values + c;
             float *out = t->out + r * dp + c;
             switch (dp - c >= 4 * VF_N ? 4 : (dp - c) / VF_N) {
-            case 1: tile_values(s, t->shrink + r, v, dp, 1, out); break;
-            case 2: tile_values(s, t->shrink + r, v, dp, 2, out); break;
-            case 3: tile_values(s, t->shrink + r, v, dp, 3, out); break;
-            default: tile_values(s, t->shrink + r, v, dp, 4, out); break;
+            case 1: weigh_values(s, t->shrink + r, v, BLOCK, dp, 1, out); break;
+            case 2: weigh_values(s, t->shrink + r, v, BLOCK, dp, 2, out); break;
+            case 3: weigh_values(s, t->shrink + r, v, BLOCK, dp, 3, out); break;
+            default: weigh_values(s, t->shrink + r, v, BLOCK, dp, 4, out); break;
             }
         }
 }
@@ -518,7 +607,7 @@ ps_status PS_CPU_NAME(attn)(const ps_launch *launch, const void *args)
     if (few) {
         const uint64_t chunks = a->max_kv / CHUNK + 2; /* a window may straddle one more */
         j.parts = ps_cpu_take(&s, a->n_tok * chunks * a->n_head * (j.dp + 2) * sizeof(float));
-        j.work_floats = (VF_N + GROUP_ROWS) * (uint64_t)j.dp;
+        j.work_floats = GROUP_FLOATS * (uint64_t)j.dp + GROUP_ROWS * BLOCK;
     } else {
         j.work_floats = (2 * TILE_ROWS + 2 * BLOCK) * (uint64_t)j.dp + TILE_ROWS * BLOCK;
     }
