@@ -16,7 +16,7 @@ const char *ps_sample_side_name(ps_sample_side side)
 
 const char *ps_sample_load_name(ps_sample_load kind)
 {
-    static const char *const names[PS_LOAD_COUNT] = {"idle", "h2d", "d2h", "cpu"};
+    static const char *const names[PS_LOAD_COUNT] = {"idle", "h2d", "d2h", "cpu", "gather"};
     return (unsigned)kind < PS_LOAD_COUNT ? names[kind] : "unknown";
 }
 

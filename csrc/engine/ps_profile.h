@@ -28,17 +28,22 @@ typedef enum ps_sample_load { /* what else ran */
     PS_LOAD_H2D,
     PS_LOAD_D2H,
     PS_LOAD_CPU,
+    PS_LOAD_GATHER, /* the accelerator, reading host memory */
     PS_LOAD_COUNT
 } ps_sample_load;
-const char *ps_sample_load_name(ps_sample_load kind); /* "idle", "h2d", "d2h", "cpu" */
+const char *ps_sample_load_name(ps_sample_load kind); /* "idle", "h2d", "d2h", "cpu", "gather" */
 
 /* One thing that was timed. `op`:
  *   gpu, cpu  ps_op_name of what ran back to back, so that on a GPU the gap behind it is included
  *   h2d, d2h  "copy", of several in a row; h2d also "gather": the op that gathers experts from
- *             locked memory, or in models without, one that reads its weights there
+ *             locked memory, or in models without, one that reads its weights there; and attention
+ *             and ops on experts by their names, with their cache or their weights there
  *   fixed     "flag": half of a round trip between GPU and CPU; "launch" and "copy": the engine's
- *             thread enqueues one; "pass": to start one and to wait for its end, beside its ops.
- * Ops of few tokens run in graphs, as in passes, so a node costs nothing beside its sample. */
+ *             thread enqueues one; "pass": to start one and to wait for its end, beside its ops;
+ *             "graph_node": what an op of one token takes beyond its sample because in a pass
+ *             another op ran before it.
+ * Ops of few tokens run in graphs, as in passes. What bus and CPU cost each other is measured with
+ * both reading the same memory, as they do in passes; not on a virtual clock. */
 typedef struct ps_sample {
     ps_sample_side side;
     const char *op; /* constant */

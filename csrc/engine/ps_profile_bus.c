@@ -78,7 +78,7 @@ static ps_status time_copy(
             .fmt = -1,
             .bytes = n_bytes,
             .seconds = each_ns * 1e-9,
-            .threads = beside.kind == PS_LOAD_CPU ? beside.cpu->threads : 0,
+            .threads = beside.kind == PS_LOAD_CPU ? beside.lane->threads : 0,
             .load = beside.kind},
         err);
 }
@@ -345,29 +345,222 @@ static const op_call *find_small_call(const op_calls *calls)
     return best;
 }
 
-/* An op that reads its weights, or images of experts, from locked memory: how fast the accelerator
- * gathers what lies scattered there. */
-static ps_status time_gather(profiler *p, const op_call *call, load beside, ps_err *err)
+/* An op on one token's experts; NULL where there are none. */
+static const op_call *find_expert_call(const op_calls *calls, ps_op_kind op)
 {
-    run_lane lane = p->lanes[0];
-    op_memory m = p->dev_mem;
+    for (uint32_t i = 0; i < calls->n; i++)
+        if (calls->items[i].op == op && calls->items[i].work.n_tok == 1) return &calls->items[i];
+    return NULL;
+}
+
+/* Attention of one token over the fewest keys or the most. */
+static const op_call *find_attention(const op_calls *calls, bool most)
+{
+    const op_call *best = NULL;
+    for (uint32_t i = 0; i < calls->n; i++) {
+        const op_call *c = &calls->items[i];
+        if (c->op != PS_OP_ATTN || c->work.n_tok != 1) continue;
+        if (best == NULL || (c->work.bytes > best->work.bytes) == most) best = c;
+    }
+    return best;
+}
+
+/* ---- host memory, read by the accelerator ---- */
+
+typedef struct bus_reader { /* the accelerator's lane, whose weights are in locked memory */
+    run_lane lane;
+    op_memory mem;
+} bus_reader;
+
+static ps_status init_reader(profiler *p, bus_reader *r, ps_err *err)
+{
+    *r = (bus_reader){.lane = p->lanes[0], .mem = p->dev_mem};
+    r->mem.locked_weights = p->copies[0].host;
+    r->mem.n_bytes[AREA_WEIGHTS] = p->copies[0].host_bytes;
+    r->mem.staging = p->copies[1].host;
+    r->mem.pool = p->host_mem.pool;
+    r->mem.fmts = 0;
+    r->lane.mem = &r->mem;
+    r->lane.main_call = NULL;
+    memset(r->lane.rate, 0, sizeof r->lane.rate);
+    return ps_device_locked_dptr(p->device, p->copies[0].host, &r->mem.base[AREA_WEIGHTS], err);
+}
+
+/* An op that reads its weights, its cache or images of experts from locked memory: what passes have
+ * of it there. *out: its seconds, 0 where not all of it ran; may be NULL. */
+static ps_status time_reading(profiler *p, bus_reader *r, const op_call *call, const char *name,
+    load beside, double *out, ps_err *err)
+{
     ps_sample sample;
     bool fits = false;
+    if (out != NULL) *out = 0;
     PS_TRY(ps_profile_step(p, err));
     if (call == NULL) return PS_OK;
-    PS_TRY(ps_device_locked_dptr(p->device, p->copies[0].host, &m.base[AREA_WEIGHTS], err));
-    m.n_bytes[AREA_WEIGHTS] = p->copies[0].host_bytes;
-    m.locked_weights = p->copies[0].host;
-    m.staging = p->copies[1].host;
-    m.fmts = 0;
-    lane.mem = &m;
-    memset(lane.rate, 0, sizeof lane.rate);
-    PS_TRY(ps_profile_time_call(p, &lane, call, beside, &sample, &fits, err));
+    PS_TRY(ps_profile_time_call(p, &r->lane, call, beside, &sample, &fits, err));
+    if (call->fmts != 0) p->shared_mem.fmts = 0; /* which is overwritten */
     if (!fits) return PS_OK;
+    if (out != NULL && !sample.extrapolated) *out = sample.seconds;
     sample.side = PS_SAMPLE_H2D;
-    sample.op = "gather";
-    sample.threads = beside.kind == PS_LOAD_CPU ? beside.cpu->threads : 0;
+    sample.op = name;
+    sample.threads = beside.kind == PS_LOAD_CPU ? beside.lane->threads : 0;
     return ps_profile_add(p, sample, err);
+}
+
+/* Ops that find some of what they read in host memory: attention over two lengths, and all of a
+ * token's experts there or one. */
+static ps_status time_ops_there(profiler *p, ps_err *err)
+{
+    static const ps_op_kind ops[] = {PS_OP_MOE_UP, PS_OP_MOE_DOWN};
+    const op_calls *calls = &p->calls[PS_SIDE_DEV];
+    const op_call *few = find_attention(calls, false), *many = find_attention(calls, true);
+    bus_reader r;
+    PS_TRY(init_reader(p, &r, err));
+    PS_TRY(time_reading(p, &r, few, ps_op_name(PS_OP_ATTN), nothing, NULL, err));
+    PS_TRY(
+        time_reading(p, &r, many != few ? many : NULL, ps_op_name(PS_OP_ATTN), nothing, NULL, err));
+    for (size_t i = 0; i < sizeof ops / sizeof *ops; i++) {
+        const op_call *all = find_expert_call(calls, ops[i]);
+        op_call one = {0};
+        if (all != NULL) one = ps_profile_one_expert(all);
+        PS_TRY(time_reading(p, &r, all, ps_op_name(ops[i]), nothing, NULL, err));
+        PS_TRY(
+            time_reading(p, &r, all != NULL ? &one : NULL, ps_op_name(ops[i]), nothing, NULL, err));
+    }
+    return PS_OK;
+}
+
+/* ---- the CPU and the bus, in the same memory ---- */
+
+/* From now on CPUs read their weights where copies come from, as in passes; if these fit there. A
+ * virtual clock does not care, and has less of that memory. */
+static ps_status share_memory(profiler *p, ps_err *err)
+{
+    op_memory *m = &p->shared_mem;
+    if (p->virtual_clock) return PS_OK;
+    *m = p->host_mem;
+    m->base[AREA_WEIGHTS].a = (uint64_t)(uintptr_t)p->copies[0].host;
+    m->n_bytes[AREA_WEIGHTS] = p->copies[0].host_bytes;
+    m->fmts = 0;
+    for (uint32_t i = 0; i < p->n_cpu_lanes; i++) {
+        run_lane *l = &p->lanes[p->n_lanes - p->n_cpu_lanes + i];
+        uint32_t n_bound = 0;
+        ps_op_args whole;
+        if (l->main_call == NULL) continue;
+        ps_profile_cut(l->main_call, 1, &whole);
+        PS_TRY(ps_profile_bind(m, l->main_call, &whole, l->sm, 1, p->bound, &n_bound, err));
+        if (n_bound > 0) l->mem = m;
+    }
+    return PS_OK;
+}
+
+/* The CPU beside gathers and gathers beside the CPU. The CPU runs what most of a token's reading
+ * consists of: ops on experts, where there are any. */
+static ps_status time_gathers(profiler *p, ps_err *err)
+{
+    run_lane *gpu = &p->lanes[0], *cpus = &p->lanes[1], busy = *cpus;
+    /* What passes gather most: a token's experts, or one of them, where there are any; else other
+     * weights, since whatever an op reads there comes at about the same rate. */
+    const op_call *all = gpu->main_call, *small = find_small_call(&p->calls[PS_SIDE_DEV]),
+                  *up = find_expert_call(&p->calls[PS_SIDE_HOST], PS_OP_MOE_UP);
+    op_call experts, expert;
+    bus_reader r;
+    double all_s = 0, up_s = 0;
+    PS_TRY(init_reader(p, &r, err));
+    if (ps_profile_gather_call(p->model, p->model->hp.n_expert_used, &experts)) {
+        ps_profile_gather_call(p->model, 1, &expert);
+        all = &experts;
+        small = &expert;
+    }
+    PS_TRY(time_reading(p, &r, all, "gather", nothing, &all_s, err));
+    PS_TRY(time_reading(p, &r, small != all ? small : NULL, "gather", nothing, NULL, err));
+    if (up != NULL) up_s = ps_profile_seconds(p, up, PS_SAMPLE_CPU, cpus->threads);
+    if (up_s > 0) {
+        busy.main_call = up;
+        busy.main_ns = (uint64_t)(up_s * 1e9);
+    }
+    if (busy.main_call == NULL) return PS_OK;
+    PS_TRY(time_reading(p, &r, all, "gather", (load){PS_LOAD_CPU, &busy}, NULL, err));
+    if (!(all_s > 0)) return PS_OK;
+    r.lane.main_call = all;
+    r.lane.main_ns = (uint64_t)(all_s * 1e9);
+    return time_beside(p, cpus, busy.main_call, (load){PS_LOAD_GATHER, &r.lane}, err);
+}
+
+/* ---- ops behind each other ---- */
+
+double ps_profile_seconds(
+    const profiler *p, const op_call *call, ps_sample_side side, uint32_t threads)
+{
+    for (uint32_t i = 0; i < p->out->n_samples; i++) {
+        const ps_sample *s = &p->out->samples[i];
+        if (s->side == side && s->load == PS_LOAD_IDLE && s->threads == threads &&
+            !s->extrapolated && strcmp(s->op, ps_op_name(call->op)) == 0 &&
+            s->fmt == call->work.fmt && s->n_tok == call->work.n_tok &&
+            s->flops == call->work.flops && s->bytes == call->work.bytes)
+            return s->seconds;
+    }
+    return 0;
+}
+
+/* The median time of a graph of these, launched right behind itself. */
+static ps_status time_row(
+    profiler *p, const op_call *calls, const uint32_t *which, uint32_t n, uint64_t *ns, ps_err *err)
+{
+    run_lane *gpu = &p->lanes[0];
+    ps_graph *graph = NULL;
+    uint64_t times[MAX_TIMES] = {0};
+    uint32_t n_done = 0;
+    PS_TRY(ps_graph_begin(p->device, gpu->stream, err));
+    ps_status status = PS_OK;
+    for (uint32_t i = 0; i < n && status == PS_OK; i++)
+        status = issue(gpu, &calls[which[i]], &p->bound[i], 1, err);
+    ps_status ended = ps_graph_end(p->device, gpu->stream, &graph, err);
+    if (status == PS_OK) status = ended;
+    for (; n_done < n_times(p) && status == PS_OK; n_done++) {
+        status = ps_graph_launch(p->device, gpu->stream, graph, err);
+        if (status == PS_OK) status = ps_device_record(p->device, gpu->stream, gpu->from, err);
+        if (status == PS_OK) status = ps_graph_launch(p->device, gpu->stream, graph, err);
+        if (status == PS_OK) status = ps_device_record(p->device, gpu->stream, gpu->to, err);
+        if (status == PS_OK) status = ps_device_sync(p->device, gpu->stream, err);
+        if (status == PS_OK)
+            status = ps_device_elapsed(p->device, gpu->from, gpu->to, &times[n_done], err);
+    }
+    if (status != PS_OK) ps_profile_drain(p);
+    if (graph != NULL) ps_graph_destroy(p->device, graph);
+    *ns = ps_profile_median(times, n_done);
+    return status;
+}
+
+/* Samples are of one op again and again, which finds its code and the GPU's units as it left them.
+ * A token's ops follow others: the first layers of one say what that costs an op. */
+static ps_status time_token(profiler *p, const op_call *calls, uint32_t n, ps_err *err)
+{
+    run_lane *gpu = &p->lanes[0];
+    uint32_t which[MAX_BOUND], n_bound = 0;
+    uint64_t ns = 0;
+    double alone = 0;
+    PS_TRY(ps_profile_bind_each(gpu->mem, calls, n, gpu->sm, p->bound, which, &n_bound, err));
+    if (n_bound == 0) return PS_OK;
+    PS_TRY(time_row(p, calls, which, n_bound, &ns, err));
+    for (uint32_t i = 0; i < n_bound; i++)
+        alone += ps_profile_seconds(p, &calls[which[i]], PS_SAMPLE_GPU, 0);
+    double more = ((double)ns * 1e-9 - alone) / n_bound;
+    return add_fixed(p, "graph_node", more > 0 ? more : 0, PS_LOAD_IDLE, err);
+}
+
+static ps_status time_nodes(profiler *p, ps_err *err)
+{
+    op_calls calls = {0};
+    uint32_t n = 0, kv = p->max_kv < 1024 ? p->max_kv : 1024;
+    PS_TRY(ps_profile_step(p, err));
+    ps_status status =
+        ps_profile_collect_pass(p->model, PS_SIDE_DEV, p->device->info.sm, 1, kv, &calls, err);
+    for (uint32_t i = 0; i < calls.n && n < MAX_BOUND; i++) /* those of which there are samples */
+        if (ps_profile_seconds(p, &calls.items[i], PS_SAMPLE_GPU, 0) > 0)
+            calls.items[n++] = calls.items[i];
+    if (status == PS_OK && n > 0) status = time_token(p, calls.items, n, err);
+    ps_free(calls.items);
+    return status;
 }
 
 uint32_t ps_profile_bus_steps(const profiler *p)
@@ -376,7 +569,7 @@ uint32_t ps_profile_bus_steps(const profiler *p)
     if (!p->has_gpu) return 1;
     for (size_t s = 0; s < sizeof copy_sizes / sizeof *copy_sizes; s++)
         n += copy_sizes[s] <= p->copy_bytes ? 2 : 0;
-    return n + 2 + 2 + 3 + 2 * p->n_cpu_lanes + 3 + 1;
+    return n + 2 + 2 + 3 + 2 * p->n_cpu_lanes + 4 + 1 + 6 + 1;
 }
 
 ps_status ps_profile_time_contention(profiler *p, ps_err *err)
@@ -384,6 +577,7 @@ ps_status ps_profile_time_contention(profiler *p, ps_err *err)
     static const load h2d = {PS_LOAD_H2D, NULL}, d2h = {PS_LOAD_D2H, NULL};
     if (!p->has_gpu) return PS_OK;
     run_lane *gpu = &p->lanes[0], *cpus = &p->lanes[1];
+    PS_TRY(time_nodes(p, err));
     PS_TRY(ps_profile_step(p, err));
     PS_TRY(time_copy(p, true, p->copies[0].piece, p->copy_piece, d2h, err));
     PS_TRY(ps_profile_step(p, err));
@@ -391,6 +585,7 @@ ps_status ps_profile_time_contention(profiler *p, ps_err *err)
     PS_TRY(time_beside(p, gpu, gpu->main_call, h2d, err));
     PS_TRY(time_beside(p, gpu, find_prompt_call(&p->calls[PS_SIDE_DEV]), h2d, err));
     PS_TRY(time_beside(p, cpus, find_prompt_call(&p->calls[PS_SIDE_HOST]), h2d, err));
+    PS_TRY(share_memory(p, err));
     for (uint32_t i = 0; i < p->n_cpu_lanes; i++) {
         load cpu = {PS_LOAD_CPU, &cpus[i]};
         PS_TRY(time_beside(p, &cpus[i], cpus[i].main_call, h2d, err));
@@ -398,19 +593,10 @@ ps_status ps_profile_time_contention(profiler *p, ps_err *err)
         if (cpus[i].main_call == NULL) continue;
         PS_TRY(time_copy(p, true, p->copies[0].piece, p->copy_piece, cpu, err));
     }
-    /* What passes gather most: a token's experts, or one of them, where there are any; else other
-     * weights, since whatever an op reads there comes at about the same rate. */
-    const op_call *all = gpu->main_call, *small = find_small_call(&p->calls[PS_SIDE_DEV]);
-    op_call experts, expert;
-    if (ps_profile_gather_call(p->model, p->model->hp.n_expert_used, &experts)) {
-        ps_profile_gather_call(p->model, 1, &expert);
-        all = &experts;
-        small = &expert;
-    }
-    PS_TRY(time_gather(p, all, nothing, err));
-    PS_TRY(time_gather(p, small != all ? small : NULL, nothing, err));
-    if (cpus->main_call == NULL) return PS_OK;
-    PS_TRY(time_gather(p, all, (load){PS_LOAD_CPU, cpus}, err));
+    PS_TRY(time_gathers(p, err));
     PS_TRY(ps_profile_step(p, err));
-    return time_copy(p, false, p->copies[1].piece, p->copy_piece, (load){PS_LOAD_CPU, cpus}, err);
+    if (cpus->main_call != NULL)
+        PS_TRY(
+            time_copy(p, false, p->copies[1].piece, p->copy_piece, (load){PS_LOAD_CPU, cpus}, err));
+    return time_ops_there(p, err);
 }

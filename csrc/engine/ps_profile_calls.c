@@ -76,9 +76,9 @@ static bool is_same(const op_call *a, const op_call *b)
            a->work.bytes == b->work.bytes;
 }
 
-static ps_status add_call(op_calls *calls, const op_call *c, ps_err *err)
+static ps_status add_call(op_calls *calls, const op_call *c, bool each, ps_err *err)
 {
-    for (uint32_t i = 0; i < calls->n; i++)
+    for (uint32_t i = 0; i < calls->n && !each; i++)
         if (is_same(&calls->items[i], c)) return PS_OK;
     if (calls->n == MAX_CALLS) return PS_OK;
     if (calls->n == calls->cap) {
@@ -92,7 +92,7 @@ static ps_status add_call(op_calls *calls, const op_call *c, ps_err *err)
     return PS_OK;
 }
 
-static ps_status add_ticks(op_calls *calls, const ps_ticks *t, ps_side side, ps_err *err)
+static ps_status add_ticks(op_calls *calls, const ps_ticks *t, ps_side side, bool each, ps_err *err)
 {
     for (uint32_t i = 0; i < t->n_ticks; i++) {
         const ps_tick *k = &t->tick[i];
@@ -100,7 +100,7 @@ static ps_status add_ticks(op_calls *calls, const ps_ticks *t, ps_side side, ps_
         op_call c = {.op = (ps_op_kind)k->op, .side = side, .work = ps_simulate_work(t, i)};
         memcpy(&c.args, t->args + k->index, ps_op_args_bytes(c.op));
         c.fmts = formats_of(c.op, &c.args);
-        PS_TRY(add_call(calls, &c, err));
+        PS_TRY(add_call(calls, &c, each, err));
     }
     return PS_OK;
 }
@@ -142,7 +142,7 @@ static ps_status make_plan(const ps_model *model, ps_side side, int sm, uint32_t
 }
 
 static ps_status collect_pass(const ps_model *model, ps_side side, int sm, uint32_t n_tok,
-    uint32_t max_kv, op_calls *out, ps_err *err)
+    uint32_t max_kv, bool each, op_calls *out, ps_err *err)
 {
     ps_plan *plan = NULL;
     ps_ticks *ticks = NULL;
@@ -150,7 +150,7 @@ static ps_status collect_pass(const ps_model *model, ps_side side, int sm, uint3
         .n_tok = n_tok, .n_out = n_tok <= LOGIT_ROWS ? n_tok : 1, .max_kv = max_kv};
     ps_status status = make_plan(model, side, sm, n_tok, max_kv, &plan, err);
     if (status == PS_OK) status = ps_lower(plan, &shape, &ticks, err);
-    if (status == PS_OK) status = add_ticks(out, ticks, side, err);
+    if (status == PS_OK) status = add_ticks(out, ticks, side, each, err);
     ps_ticks_destroy(ticks);
     ps_plan_destroy(plan);
     return status;
@@ -164,12 +164,40 @@ ps_status ps_profile_collect(const ps_model *model, ps_side side, int sm, uint32
         uint32_t n_tok = passes[i].n_tok, kv = passes[i].max_kv;
         if (kv > max_kv) kv = max_kv;
         if (n_tok > max_tok || n_tok > kv || (n_tok == last_tok && kv == last_kv)) continue;
-        PS_TRY(collect_pass(model, side, sm, n_tok, kv, out, err));
+        PS_TRY(collect_pass(model, side, sm, n_tok, kv, false, out, err));
         last_tok = n_tok;
         last_kv = kv;
     }
     if (out->n > 0) qsort(out->items, out->n, sizeof *out->items, compare);
     return PS_OK;
+}
+
+ps_status ps_profile_collect_pass(const ps_model *model, ps_side side, int sm, uint32_t n_tok,
+    uint32_t max_kv, op_calls *out, ps_err *err)
+{
+    return collect_pass(model, side, sm, n_tok, max_kv, true, out, err);
+}
+
+uint32_t ps_profile_formats(const op_call *calls, uint32_t n)
+{
+    uint32_t fmts = 0;
+    for (uint32_t i = 0; i < n; i++)
+        for (uint32_t k = 0; k < MAX_FMTS; k++) {
+            uint32_t code = calls[i].fmts >> 8 * k & 0xff;
+            if (code != 0 && fmts >> 8 * (MAX_FMTS - 1) == 0) add_fmt(&fmts, code - 1);
+        }
+    return fmts;
+}
+
+op_call ps_profile_one_expert(const op_call *call)
+{
+    op_call one = *call;
+    if (one.op == PS_OP_MOE_UP) one.args.moe_up.k = 1;
+    if (one.op == PS_OP_MOE_DOWN) one.args.moe_down.k = 1;
+    ps_cost cost = ps_op_cost(one.op, &one.args);
+    one.work.flops = cost.flops;
+    one.work.bytes = cost.bytes;
+    return one;
 }
 
 bool ps_profile_gather_call(const ps_model *model, uint32_t k, op_call *out)

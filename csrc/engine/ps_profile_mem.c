@@ -546,19 +546,42 @@ static bool bind_one(binder *b, int sm)
     return true;
 }
 
+static bool bind_next(
+    op_memory *m, const op_call *call, const ps_op_args *cut, int sm, ps_op_args *out)
+{
+    *out = *cut;
+    binder b = {.m = m, .call = call, .args = out};
+    if (!bind_one(&b, sm)) return false;
+    m->n_bound++;
+    return true;
+}
+
+static ps_status upload_ints(op_memory *m, ps_err *err)
+{
+    if (m->device == NULL || m->ints_used == 0) return PS_OK;
+    return upload(m, AREA_INTS, 0, m->host, ps_min_u64(m->ints_used, m->n_bytes[AREA_INTS]), err);
+}
+
 ps_status ps_profile_bind(op_memory *m, const op_call *call, const ps_op_args *cut, int sm,
     uint32_t n, ps_op_args *out, uint32_t *n_bound, ps_err *err)
 {
     *n_bound = 0;
     m->ints_used = 0;
     PS_TRY(ps_profile_mem_fill(m, call->fmts, err));
+    while (*n_bound < n && bind_next(m, call, cut, sm, &out[*n_bound])) ++*n_bound;
+    return *n_bound > 0 ? upload_ints(m, err) : PS_OK;
+}
+
+ps_status ps_profile_bind_each(op_memory *m, const op_call *calls, uint32_t n, int sm,
+    ps_op_args *out, uint32_t *which, uint32_t *n_bound, ps_err *err)
+{
+    *n_bound = 0;
+    m->ints_used = 0;
+    PS_TRY(ps_profile_mem_fill(m, ps_profile_formats(calls, n), err));
     for (uint32_t i = 0; i < n; i++) {
-        out[i] = *cut;
-        binder b = {.m = m, .call = call, .args = &out[i]};
-        if (!bind_one(&b, sm)) break;
-        *n_bound = i + 1;
-        m->n_bound++;
+        ps_op_args whole;
+        ps_profile_cut(&calls[i], 1, &whole);
+        if (bind_next(m, &calls[i], &whole, sm, &out[*n_bound])) which[(*n_bound)++] = i;
     }
-    if (m->device == NULL || *n_bound == 0 || m->ints_used == 0) return PS_OK;
-    return upload(m, AREA_INTS, 0, m->host, ps_min_u64(m->ints_used, m->n_bytes[AREA_INTS]), err);
+    return upload_ints(m, err);
 }

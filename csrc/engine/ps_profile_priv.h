@@ -33,6 +33,13 @@ typedef struct op_calls {
  * can't tell apart are one. */
 ps_status ps_profile_collect(const ps_model *model, ps_side side, int sm, uint32_t max_tok,
     uint32_t max_kv, op_calls *out, ps_err *err);
+/* The same of one pass, every call as often as it comes and in that order, up to a few hundred. */
+ps_status ps_profile_collect_pass(const ps_model *model, ps_side side, int sm, uint32_t n_tok,
+    uint32_t max_kv, op_calls *out, ps_err *err);
+/* As many formats of these calls' weights as memory holds blocks of at once, like op_call.fmts. */
+uint32_t ps_profile_formats(const op_call *calls, uint32_t n);
+/* An op on experts that uses one of them. */
+op_call ps_profile_one_expert(const op_call *call);
 /* Gathering k experts, all of them in host memory, for a token: a call of no pass that is
  * collected, since nothing streams there. False where the model has no experts. */
 bool ps_profile_gather_call(const ps_model *model, uint32_t k, op_call *out);
@@ -82,6 +89,10 @@ ps_status ps_profile_mem_fill(op_memory *m, uint32_t fmts, ps_err *err);
  * running on this memory. sm 0: no workspace is wanted. */
 ps_status ps_profile_bind(op_memory *m, const op_call *call, const ps_op_args *cut, int sm,
     uint32_t n, ps_op_args *out, uint32_t *n_bound, ps_err *err);
+/* Gives one copy of each of `n` calls addresses. which: [n] the calls that there was room for, in
+ * their order; out: [n] the same, bound. */
+ps_status ps_profile_bind_each(op_memory *m, const op_call *calls, uint32_t n, int sm,
+    ps_op_args *out, uint32_t *which, uint32_t *n_bound, ps_err *err);
 /* Random blocks of a format with finite values around 0. n_bytes: whole blocks. */
 void ps_profile_random_blocks(uint32_t fmt, void *dst, uint64_t n_bytes, uint64_t *rng);
 
@@ -130,6 +141,7 @@ typedef struct profiler {
     uint32_t max_tok, max_kv;
     bool virtual_clock, has_gpu;
     op_memory dev_mem, host_mem;
+    op_memory shared_mem; /* borrows: host_mem, but that its weights are where copies come from */
     run_lane lanes[MAX_LANES]; /* the accelerator first, then CPUs, most threads first */
     uint32_t n_lanes, n_cpu_lanes;
     copy_lane copies[2]; /* in, out */
@@ -145,7 +157,7 @@ typedef struct profiler {
 
 typedef struct load { /* what runs beside */
     ps_sample_load kind;
-    run_lane *cpu; /* of PS_LOAD_CPU */
+    run_lane *lane; /* of PS_LOAD_CPU and PS_LOAD_GATHER: who runs its main_call */
 } load;
 
 ps_status ps_profile_lanes_open(profiler *p, ps_err *err);
@@ -160,6 +172,9 @@ ps_status ps_profile_add(profiler *p, ps_sample s, ps_err *err);
 /* Times a call on a lane. *fits: whether any part of it does; if not, there is no sample. */
 ps_status ps_profile_time_call(profiler *p, run_lane *l, const op_call *call, load beside,
     ps_sample *out, bool *fits, ps_err *err);
+/* What the call took as an idle sample of that side and so many threads says; 0: there is none. */
+double ps_profile_seconds(
+    const profiler *p, const op_call *call, ps_sample_side side, uint32_t threads);
 /* One copy on that direction's stream, between its locked memory and `at`. */
 ps_status ps_profile_copy(profiler *p, bool in, ps_dptr at, uint64_t n_bytes, ps_err *err);
 /* Keeps `beside` busy for about `ns` from now on. */

@@ -214,8 +214,8 @@ static uint32_t count_for(uint64_t ns, uint64_t each_ns)
 
 ps_status ps_profile_start_load(profiler *p, load beside, uint64_t ns, ps_err *err)
 {
-    if (beside.kind == PS_LOAD_CPU) {
-        run_lane *l = beside.cpu;
+    if (beside.lane != NULL) {
+        run_lane *l = beside.lane;
         uint32_t n_bound = 0;
         ps_op_args whole;
         ps_profile_cut(l->main_call, 1, &whole);
@@ -245,15 +245,14 @@ ps_status ps_profile_copy(profiler *p, bool in, ps_dptr at, uint64_t n_bytes, ps
 bool ps_profile_is_loaded(const profiler *p, load beside)
 {
     if (p->virtual_clock || beside.kind == PS_LOAD_IDLE) return true;
-    if (beside.kind == PS_LOAD_CPU) return !ps_stream_idle(beside.cpu->device, beside.cpu->stream);
+    if (beside.lane != NULL) return !ps_stream_idle(beside.lane->device, beside.lane->stream);
     return !ps_stream_idle(p->device, p->copies[beside.kind == PS_LOAD_D2H].stream);
 }
 
 ps_status ps_profile_end_load(profiler *p, load beside, ps_err *err)
 {
     if (beside.kind == PS_LOAD_IDLE) return PS_OK;
-    if (beside.kind == PS_LOAD_CPU)
-        return ps_device_sync(beside.cpu->device, beside.cpu->stream, err);
+    if (beside.lane != NULL) return ps_device_sync(beside.lane->device, beside.lane->stream, err);
     return ps_device_sync(p->device, p->copies[beside.kind == PS_LOAD_D2H].stream, err);
 }
 

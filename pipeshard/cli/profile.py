@@ -16,8 +16,14 @@ from .common import note, open_model, table
 
 __all__ = ["add_parser"]
 
-_BUS = (("h2d", "copy", "to the GPU"), ("d2h", "copy", "from the GPU"), ("h2d", "gather", "gather"))
-_BESIDE = {"h2d": "copies to the GPU", "d2h": "copies from the GPU", "cpu": "the CPU"}
+_BUS = (("h2d", "copy", "to the GPU"), ("d2h", "copy", "from the GPU"))
+_READS = ("gather", "attn", "moe_up", "moe_down")  # what the GPU reads host memory with
+_BESIDE = {
+    "h2d": "copies to the GPU",
+    "d2h": "copies from the GPU",
+    "cpu": "the CPU",
+    "gather": "gathers",
+}
 _MANY_TOK = 32  # from so many tokens on, ops are bound by arithmetic
 
 
@@ -98,11 +104,13 @@ def _bus_rows(samples: Sequence[Sample]) -> list[list[str]]:
     rows = [["GB/s", *map(format_bytes, sizes)]]
     for side, op, name in _BUS:
         mine = [s for s in copies if (s.side, s.op) == (side, op)]
-        if op == "gather" and mine:
-            rows.append([name, *[""] * (len(sizes) - 1), _number(max(map(_gb_s, mine)))])
-        elif mine:
+        if mine:
             by_size = {s.bytes: _number(_gb_s(s)) for s in mine}
             rows.append([name, *(by_size.get(size, "") for size in sizes)])
+    for op in _READS:
+        rates = [_gb_s(s) for s in copies if (s.side, s.op) == ("h2d", op)]
+        if rates:
+            rows.append([op, *[""] * (len(sizes) - 1), _number(max(rates))])
     return rows
 
 

@@ -120,6 +120,12 @@ PS_TEST(says_what_the_virtual_clock_charges)
         for (uint32_t i = 0; i < p.n_samples; i++)
             n_experts += strcmp(p.samples[i].op, "gather") == 0 && p.samples[i].flops == 0;
         PS_CHECK_EQ(n_experts, m >= FIRST_MOE ? 3 : 0);
+        PS_CHECK(count(&p, PS_SAMPLE_H2D, "attn", PS_LOAD_IDLE) >= 1);
+        PS_CHECK_EQ(count(&p, PS_SAMPLE_H2D, "moe_up", PS_LOAD_IDLE), m >= FIRST_MOE ? 2 : 0);
+        PS_CHECK_EQ(count(&p, PS_SAMPLE_H2D, "moe_down", PS_LOAD_IDLE), m >= FIRST_MOE ? 2 : 0);
+        const char *busiest = m >= FIRST_MOE ? "moe_up" : "matmul";
+        PS_CHECK_EQ(count(&p, PS_SAMPLE_CPU, busiest, PS_LOAD_GATHER), 1);
+        PS_CHECK_EQ(count(&p, PS_SAMPLE_FIXED, "graph_node", PS_LOAD_IDLE), 1);
         PS_CHECK_EQ(count(&p, PS_SAMPLE_FIXED, "flag", PS_LOAD_IDLE), 1);
         PS_CHECK_EQ(count(&p, PS_SAMPLE_FIXED, "flag", PS_LOAD_H2D), 1);
         ps_profile_fini(&p);
