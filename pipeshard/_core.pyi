@@ -105,6 +105,7 @@ class Plan:
         pass_tok: int,
         logit_rows: int,
         graph_reserve_bytes: int,
+        map_bytes_per_gib: int,
         per_tier_residency: bool,
         kv_far_on_cpu: bool,
     ) -> Plan: ...
@@ -133,6 +134,8 @@ class Plan:
     def model(self) -> Model: ...
     @property
     def needed_bytes(self) -> int: ...
+    @property
+    def locked_bytes(self) -> int: ...
     @property
     def budget_bytes(self) -> int: ...
     @property
@@ -163,6 +166,7 @@ class Device:
         | None = None,
         vram_capacity: int = 0,
         locked_limit: int = 0,
+        map_bytes_per_gib: int = 0,
         seed: int = 0,
         delays: bool = False,
         faults: Sequence[tuple[str, int, bool]] = (),

@@ -18,7 +18,6 @@ from .planner import Machine
 
 __all__ = ["check_device", "describe", "free_budget", "open_device"]
 
-_GRAPH_RESERVE_BYTES = 32 << 20
 _SPARE_BYTES = 256 << 20  # of VRAM, for everybody else: at least this or 5 %
 _SPARE_SHARE = 20
 
@@ -47,6 +46,7 @@ def open_device(
             options |= {
                 "profile": described._rates(),
                 "vram_capacity": described.vram_capacity or 0,
+                "map_bytes_per_gib": described.map_bytes_per_gib,
                 "seed": described.seed,
                 "delays": described.delays,
                 "faults": described.faults,
@@ -74,13 +74,10 @@ def _warn_no_cuda(why: str, fallback: str) -> None:
     )
 
 
-def describe(device: _core.Device) -> tuple[Machine, int | None]:
+def describe(device: _core.Device, emu: EmuDevice | None = None) -> tuple[Machine, int | None]:
     """What a plan must know of a device, and the bytes that it has to give."""
-    if device.kind == "host":
-        return Machine(accelerator=False), None
-    reserve = _GRAPH_RESERVE_BYTES if device.kind == "cuda" else 0
-    machine = Machine(accelerator=True, sm=device.sm or 90, graph_reserve_bytes=reserve)
-    return machine, device.mem_info()[0]
+    machine = Machine.of(device.kind, device.sm, emu)
+    return machine, device.mem_info()[0] if machine.accelerator else None
 
 
 def free_budget(device: _core.Device) -> int:

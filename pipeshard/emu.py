@@ -48,13 +48,16 @@ class EmuDevice:
     profile: rates of the virtual clock by name (`PROFILE_KEYS`; what is not named keeps its default). disk_bytes_per_s
     is of units that `ram_limit` leaves on disk.
     vram_capacity: bytes or a size; None: 64 GiB of address space. delays: random pauses, from the seed.
-    faults: `Fault`s or tuples like them, at most eight."""
+    faults: `Fault`s or tuples like them, at most eight.
+    map_bytes_per_gib: of its memory, that each GiB of page-locked host memory takes for page tables, as on a real GPU;
+    at most 1 GiB."""
 
     profile: Mapping[str, float] | None
     vram_capacity: int | None
     seed: int
     delays: bool
     faults: tuple[Fault, ...]
+    map_bytes_per_gib: int
 
     def __init__(
         self,
@@ -63,32 +66,42 @@ class EmuDevice:
         seed: int = 0,
         delays: bool = False,
         faults: Iterable[Fault | tuple[str, int] | tuple[str, int, bool]] = (),
+        map_bytes_per_gib: int = 0,
     ) -> None:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
         put("profile", None if profile is None else _check_profile(profile))
         put("vram_capacity", _check_capacity(vram_capacity))
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, not {type(seed).__name__}")
-        if not 0 <= seed < 1 << 64:
-            raise RequestError(f"seed must be between 0 and 2**64 - 1, not {seed}", argument="seed")
-        put("seed", seed)
+        put("seed", _check_count("seed", seed, (1 << 64) - 1))
         if not isinstance(delays, bool):
             raise TypeError(f"delays must be a bool, not {type(delays).__name__}")
         put("delays", delays)
         put("faults", _check_faults(faults))
+        put(
+            "map_bytes_per_gib",
+            _check_count("map_bytes_per_gib", map_bytes_per_gib, 1 << 30),
+        )
 
     def __reduce__(self) -> tuple[type[EmuDevice], tuple[object, ...]]:
         """For sweeps in other processes: a read-only mapping has no other way there."""
         profile = None if self.profile is None else dict(self.profile)
-        return type(self), (profile, self.vram_capacity, self.seed, self.delays, self.faults)
+        values = profile, self.vram_capacity, self.seed, self.delays, self.faults
+        return type(self), (*values, self.map_bytes_per_gib)
 
     def _rates(self) -> tuple[float, float, float, float, float, float, int, int, int, float]:
         """For the core."""
         rates = dict(zip(PROFILE_KEYS, _core.emu_profile(), strict=True)) | dict(self.profile or {})
         a, b, c, d, e, f, x, y, z, disk = (rates[key] for key in PROFILE_KEYS)
         return a, b, c, d, e, f, int(x), int(y), int(z), disk
+
+
+def _check_count(name: str, value: int, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not 0 <= value <= most:
+        raise RequestError(f"{name} must be between 0 and {most}, not {value}", argument=name)
+    return value
 
 
 def _check_capacity(value: int | str | None) -> int | None:

@@ -90,6 +90,7 @@ class Engine(TracedEngine):
             None  # first, so that an engine that never opened can be closed
         )
         kind, emu = check_device(device)
+        self._emu = emu
         budget = None if vram is None else parse_size(vram, argument="vram")
         limits = (
             _check_limit("locked_limit", locked_limit),
@@ -145,7 +146,7 @@ class Engine(TracedEngine):
             raise
 
     def _make_plan(self, given: Plan | None, wishes: Wishes, held_bytes: int = 0) -> _core.Plan:
-        machine, free = describe(self._open_device)
+        machine, free = describe(self._open_device, self._emu)
         budget = self._budget if free is None else min(self._budget, free + held_bytes)
         if given is None:
             self._plan, core = make_plan(
@@ -157,7 +158,13 @@ class Engine(TracedEngine):
                 threads=self._threads,
             )
             return core
-        bound = replace(given, budget_bytes=budget, accelerator=machine.accelerator, sm=machine.sm)
+        bound = replace(
+            given,
+            budget_bytes=budget,
+            accelerator=machine.accelerator,
+            sm=machine.sm,
+            map_bytes_per_gib=machine.map_bytes_per_gib,
+        )
         core = bound.bind(self.model)
         self._plan = replace(bound, bytes=core.bytes_by_kind)
         return core

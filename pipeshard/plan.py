@@ -54,6 +54,7 @@ class Plan:
     pass_tok: int
     logit_rows: int
     graph_reserve_bytes: int
+    map_bytes_per_gib: int = 0
     bytes: Mapping[str, int] = field(default_factory=dict)
     predicted: Any = None
 
@@ -100,6 +101,7 @@ class Plan:
             pass_tok=self.pass_tok,
             logit_rows=self.logit_rows,
             graph_reserve_bytes=self.graph_reserve_bytes,
+            map_bytes_per_gib=self.map_bytes_per_gib,
             per_tier_residency=self.placement.per_tier_residency,
             kv_far_on_cpu=self.placement.kv_far_on == "cpu",
         )
@@ -135,6 +137,7 @@ class Plan:
             "pass_tok": self.pass_tok,
             "logit_rows": self.logit_rows,
             "graph_reserve_bytes": self.graph_reserve_bytes,
+            "map_bytes_per_gib": self.map_bytes_per_gib,
             "bytes": dict(self.bytes),
             "why": dict(placement.why),
             "predicted": self.predicted,
@@ -390,6 +393,7 @@ class _Reader:
             pass_tok=self.tokens(data, "pass_tok", data.get("chunk_tok")),
             logit_rows=self.tokens(data, "logit_rows", 8),
             graph_reserve_bytes=self.count(data, "graph_reserve_bytes", default=0),
+            map_bytes_per_gib=self.count(data, "map_bytes_per_gib", default=0, high=1 << 30),
             bytes={
                 str(k): self.count({k: n}, k) for k, n in self.get(data, "bytes", dict, {}).items()
             },

@@ -16,6 +16,7 @@ from typing import Any
 from . import _core, sched_policies
 from ._profile import default_profile
 from ._simulator import Simulator
+from .emu import EmuDevice
 from .errors import BudgetError
 from .model import Model
 from .placement import TIERS, Place, Placement, Tier
@@ -43,16 +44,32 @@ _LOGIT_ROWS = 8
 _SCRATCH_SHARE = 4  # ops shrink until scratch takes at most this part of the budget
 _PASS_SHARE = 16  # passes grow until their hidden states take at most this part
 _NO_LIMIT = (1 << 63) - 1
+_CUDA_GRAPH_RESERVE_BYTES = 32 << 20
+_CUDA_MAP_BYTES_PER_GIB = 2 << 20  # 8 bytes a page of 4 KiB, measured on an H200
 _MORE_BYTES = 1 << 30  # what more budget would buy is said of so much
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a plan must know of the device: nothing that needs it open."""
+    """What a plan must know of the device: nothing that needs it open.
+
+    graph_reserve_bytes: for what the driver keeps of recorded graphs. map_bytes_per_gib: of VRAM, for the driver's
+    tables of each GiB of page-locked host memory; the core knows how much a plan locks."""
 
     accelerator: bool
     sm: int = 90
     graph_reserve_bytes: int = 0
+    map_bytes_per_gib: int = 0
+
+    @classmethod
+    def of(cls, kind: str, sm: int = 0, emu: EmuDevice | None = None) -> Machine:
+        """A device of this kind: "host", "cuda", or an emulated one, as described."""
+        if kind == "host":
+            return cls(accelerator=False)
+        if kind == "emu":
+            described = emu or EmuDevice()
+            return cls(True, sm or 90, map_bytes_per_gib=described.map_bytes_per_gib)
+        return cls(True, sm or 90, _CUDA_GRAPH_RESERVE_BYTES, _CUDA_MAP_BYTES_PER_GIB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +166,7 @@ class _Task:
             pass_tok=max(chunk, min(whole, self.most)),
             logit_rows=max(_LOGIT_ROWS, min(self.wishes.n_seq, 256)),
             graph_reserve_bytes=self.machine.graph_reserve_bytes,
+            map_bytes_per_gib=self.machine.map_bytes_per_gib,
         )
 
     def pass_tok(self, chunk: int) -> int:

@@ -31,7 +31,6 @@ from .sizes import parse_size
 
 __all__ = ["machine_of", "simulate"]
 
-_GRAPH_RESERVE_BYTES = 32 << 20  # as engines keep it on CUDA
 _MAX_CTX = 1 << 27
 
 Size = int | str
@@ -78,7 +77,7 @@ def simulate(
         wishes = Wishes(budget, n_ctx, check_int("n_seq", n_seq, 1, 4096), kv)
         plan, _ = make_plan(
             opened,
-            machine_of(known),
+            machine_of(known, profile if isinstance(profile, EmuDevice) else None),
             wishes,
             policy=policy,
             simulator=simulator,
@@ -89,15 +88,10 @@ def simulate(
     return found[0] if isinstance(vram, (int, str)) else found
 
 
-def machine_of(profile: Profile) -> Machine:
+def machine_of(profile: Profile, emu: EmuDevice | None = None) -> Machine:
     """What plans must know of the machine that a profile is of."""
-    sm = profile.machine.get("sm", 90)
-    is_emu = profile.machine.get("device") == "emu"
-    return Machine(
-        accelerator=profile.machine.get("device") != "host",
-        sm=sm if isinstance(sm, int) and sm > 0 else 90,
-        graph_reserve_bytes=0 if is_emu else _GRAPH_RESERVE_BYTES,
-    )
+    kind, sm = profile.machine.get("device"), profile.machine.get("sm")
+    return Machine.of(str(kind), sm if isinstance(sm, int) and sm > 0 else 0, emu)
 
 
 def _profile_of(

@@ -110,14 +110,15 @@ typedef struct open_args {
 static int parse(PyObject *args, PyObject *kwargs, const py_state *state, open_args *a)
 {
     static const char *const names[] = {"kind", "model", "n_ctx", "chunk_tok", "threads",
-        "cpu_variant", "profile", "vram_capacity", "locked_limit", "seed", "delays", "faults",
-        NULL};
+        "cpu_variant", "profile", "vram_capacity", "locked_limit", "map_bytes_per_gib", "seed",
+        "delays", "faults", NULL};
     int delays = 0;
     ps_device_options *o = &a->options;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O&O&|$izOO&O&O&pO", (char **)names, &a->kind,
-            state->model_type, &a->model, py_to_u32, &a->n_ctx, py_to_u32, &a->chunk_tok,
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "sO!O&O&|$izOO&O&O&O&pO", (char **)names,
+            &a->kind, state->model_type, &a->model, py_to_u32, &a->n_ctx, py_to_u32, &a->chunk_tok,
             &o->threads, &a->cpu_variant, &a->profile, py_to_u64, &o->emu_vram_bytes, py_to_u64,
-            &o->emu_locked_bytes, py_to_u64, &o->emu_seed, &delays, &a->faults))
+            &o->emu_locked_bytes, py_to_u64, &o->emu_map_bytes_per_gib, py_to_u64, &o->emu_seed,
+            &delays, &a->faults))
         return -1;
     o->emu_delays = delays != 0;
     if (a->profile != NULL && to_profile(a->profile, &o->emu_profile) < 0) return -1;
@@ -250,7 +251,8 @@ static PyGetSetDef GETTERS[] = {
 
 PyDoc_STRVAR(device_doc,
     "Device(kind, model, n_ctx, chunk_tok, *, threads=0, cpu_variant=None, profile=None,\n"
-    "       vram_capacity=0, locked_limit=0, seed=0, delays=False, faults=())\n\n"
+    "       vram_capacity=0, locked_limit=0, map_bytes_per_gib=0, seed=0, delays=False,\n"
+    "       faults=())\n\n"
     "kind: \"host\", \"emu\", \"cuda\" or \"cuda:N\". Model, context and chunk size the scratch "
     "of\n"
     "CPU kernels. What follows cpu_variant is for emu alone.");

@@ -133,16 +133,17 @@ static int parse(PyObject *args, PyObject *kwargs, const py_state *state, plan_a
 {
     static const char *const names[] = {"model", "tiers", "kinds", "shares", "kv_vram_tok",
         "accelerator", "sm", "budget_bytes", "n_ctx", "n_seq", "kv", "n_slots", "slot_bytes",
-        "chunk_tok", "pass_tok", "logit_rows", "graph_reserve_bytes", "per_tier_residency",
-        "kv_far_on_cpu", NULL};
+        "chunk_tok", "pass_tok", "logit_rows", "graph_reserve_bytes", "map_bytes_per_gib",
+        "per_tier_residency", "kv_far_on_cpu", NULL};
     int accelerator = 0, per_tier_residency = 0, far_on_cpu = 0;
     ps_plan_spec *s = &a->spec;
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO$OOpiO&O&O&sO&O&O&O&O&O&pp", (char **)names,
-            state->model_type, &a->model, &a->tiers, &a->kinds, &a->shares, &a->kv_vram_tok,
-            &accelerator, &s->sm, py_to_u64, &s->budget_bytes, py_to_u32, &s->n_ctx, py_to_u32,
-            &s->n_seq, &a->kv, py_to_u32, &s->n_slots, py_to_u64, &s->slot_bytes, py_to_u32,
-            &s->chunk_tok, py_to_u32, &s->pass_tok, py_to_u32, &s->logit_rows, py_to_u64,
-            &s->graph_reserve_bytes, &per_tier_residency, &far_on_cpu))
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "O!OO$OOpiO&O&O&sO&O&O&O&O&O&O&pp",
+            (char **)names, state->model_type, &a->model, &a->tiers, &a->kinds, &a->shares,
+            &a->kv_vram_tok, &accelerator, &s->sm, py_to_u64, &s->budget_bytes, py_to_u32,
+            &s->n_ctx, py_to_u32, &s->n_seq, &a->kv, py_to_u32, &s->n_slots, py_to_u64,
+            &s->slot_bytes, py_to_u32, &s->chunk_tok, py_to_u32, &s->pass_tok, py_to_u32,
+            &s->logit_rows, py_to_u64, &s->graph_reserve_bytes, py_to_u64, &s->map_bytes_per_gib,
+            &per_tier_residency, &far_on_cpu))
         return -1;
     s->per_tier_residency = per_tier_residency != 0;
     s->kv_far_side = far_on_cpu ? PS_SIDE_HOST : PS_SIDE_DEV;
@@ -309,6 +310,12 @@ static PyObject *plan_needed_bytes(PyObject *self, void *unused)
     return PyLong_FromUnsignedLongLong(py_plan_get(self)->needed_bytes);
 }
 
+static PyObject *plan_locked_bytes(PyObject *self, void *unused)
+{
+    (void)unused;
+    return PyLong_FromUnsignedLongLong(py_plan_get(self)->locked_bytes);
+}
+
 static PyObject *plan_budget_bytes(PyObject *self, void *unused)
 {
     (void)unused;
@@ -420,6 +427,8 @@ static PyGetSetDef GETTERS[] = {
     {"needed_bytes", plan_needed_bytes, NULL, "of VRAM, everything counted", NULL},
     {"budget_bytes", plan_budget_bytes, NULL, "of VRAM", NULL},
     {"bytes_by_kind", plan_bytes_by_kind, NULL, "of VRAM; sums to needed_bytes", NULL},
+    {"locked_bytes", plan_locked_bytes, NULL,
+        "of host memory: what an engine without limits page-locks at most", NULL},
     {"space_bytes", plan_space_bytes, NULL, "of each memory space, host ones too", NULL},
     {"homes", plan_homes, NULL,
         "(offset in VRAM or None, needs host memory) of each unit, of what a split one has there; "
@@ -435,7 +444,7 @@ static PyGetSetDef GETTERS[] = {
 PyDoc_STRVAR(plan_doc,
     "Plan(model, tiers, kinds, *, shares, kv_vram_tok, accelerator, sm, budget_bytes, n_ctx, "
     "n_seq,\n     kv, n_slots, slot_bytes, chunk_tok, pass_tok, logit_rows, graph_reserve_bytes, "
-    "per_tier_residency, kv_far_on_cpu)\n"
+    "map_bytes_per_gib,\n     per_tier_residency, kv_far_on_cpu)\n"
     "\nkinds: uint8 [tiers][units], 0 cpu, 1 vram, 2 stream, 3 split; shares: float32 "
     "[tiers][units][2]\nor None. PlanError where a rule is broken, BudgetError where it does not "
     "fit.");

@@ -11,7 +11,7 @@
 const char *ps_mem_kind_name(ps_mem_kind kind)
 {
     static const char *const names[PS_MEM_KIND_COUNT] = {
-        "weights", "ring", "kv", "act", "batch", "graph"};
+        "weights", "ring", "kv", "act", "batch", "graph", "map"};
     return (unsigned)kind < PS_MEM_KIND_COUNT ? names[kind] : "unknown";
 }
 

@@ -18,10 +18,12 @@ typedef enum ps_mem_kind {
     PS_MEM_ACT,   /* hidden states, activations, workspaces of ops and libraries */
     PS_MEM_BATCH, /* tokens, positions, page tables, constants */
     PS_MEM_GRAPH, /* charged, not carved: the driver allocates it */
+    PS_MEM_MAP,   /* charged, not carved: the driver's tables by which the GPU reaches locked host
+                     memory */
     PS_MEM_KIND_COUNT
 } ps_mem_kind;
 const char *ps_mem_kind_name(
-    ps_mem_kind kind); /* "weights", "ring", "kv", "act", "batch", "graph" */
+    ps_mem_kind kind); /* "weights", "ring", "kv", "act", "batch", "graph", "map" */
 
 enum { PS_ARENA_ALIGN = 256 };
 

@@ -78,6 +78,10 @@ ps_status ps_device_open(
         return ps_fail_field(
             err, PS_EREQUEST, "threads", "threads must be at least 1, not %d", o.threads);
     if (o.threads == 0) o.threads = ps_device_default_threads(kind);
+    if (o.emu_map_bytes_per_gib > 1 << 30)
+        return ps_fail_field(err, PS_EREQUEST, "map_bytes_per_gib",
+            "page tables are not larger than the memory they are of, with %llu bytes a GiB",
+            (unsigned long long)o.emu_map_bytes_per_gib);
     if (o.n_faults < 0 || o.n_faults > PS_MAX_FAULTS)
         return ps_fail_field(
             err, PS_EREQUEST, "faults", "at most %d faults, not %d", PS_MAX_FAULTS, o.n_faults);

@@ -143,9 +143,11 @@ typedef struct ps_device_options {
     const void *cpu_ops;        /* handed to CPU launchers unread: the op table variant */
     uint64_t cpu_scratch_bytes; /* scratch of each CPU-executed stream */
     /* emu only */
-    ps_emu_profile emu_profile; /* all zero: the default */
-    uint64_t emu_vram_bytes;    /* 0: 64 GiB of address space, committed as used */
-    uint64_t emu_locked_bytes;  /* 0: unlimited */
+    ps_emu_profile emu_profile;     /* all zero: the default */
+    uint64_t emu_vram_bytes;        /* 0: 64 GiB of address space, committed as used */
+    uint64_t emu_locked_bytes;      /* 0: unlimited */
+    uint64_t emu_map_bytes_per_gib; /* device memory that each GiB of locked memory takes, by pages;
+                                       at most 1 GiB */
     uint64_t emu_seed;
     bool emu_delays; /* random pauses before each operation, from the seed */
     int n_faults;

@@ -32,6 +32,7 @@ typedef struct emu {
     int poison_fd;       /* owns: a file of poison, which every page shares until it is written */
     uint64_t used_bytes; /* of device memory, in whole grains */
     uint64_t cap_locked_bytes;
+    uint64_t map_bytes_per_gib, locked_pages; /* see map_bytes_of() */
     ps_range freed[FREED_KEPT]; /* owns the address space of memory freed lately; a ring */
     uint32_t n_freed;
 } emu;
@@ -62,12 +63,30 @@ static void emu_close(ps_device *d)
     ps_free(e);
 }
 
+static uint64_t pages_of(uint64_t base, uint64_t n_bytes)
+{
+    return (base % PAGE_BYTES + n_bytes + PAGE_BYTES - 1) / PAGE_BYTES;
+}
+
+/* Of device memory, for page tables of so much locked memory, as a GPU's driver takes them. */
+static uint64_t map_bytes_of(const emu *e, uint64_t n_pages)
+{
+    const uint64_t gib_pages = (1 << 30) / PAGE_BYTES;
+    return n_pages / gib_pages * e->map_bytes_per_gib +
+           ps_div_up_u64(n_pages % gib_pages * e->map_bytes_per_gib, gib_pages);
+}
+
+static uint64_t free_bytes_of(const emu *e)
+{
+    return e->base.device.info.vram_total_bytes - e->used_bytes - map_bytes_of(e, e->locked_pages);
+}
+
 static ps_status emu_mem_info(
     ps_device *d, uint64_t *free_bytes, uint64_t *total_bytes, ps_err *err)
 {
     (void)err;
     *total_bytes = d->info.vram_total_bytes;
-    *free_bytes = *total_bytes - emu_of(d)->used_bytes;
+    *free_bytes = free_bytes_of(emu_of(d));
     return PS_OK;
 }
 
@@ -96,7 +115,7 @@ static void *map_poisoned(int poison_fd, uint64_t n_bytes)
 static ps_status emu_alloc(ps_device *d, uint64_t n_bytes, ps_dptr *out, ps_err *err)
 {
     emu *e = emu_of(d);
-    uint64_t n = 0, free_bytes = d->info.vram_total_bytes - e->used_bytes;
+    uint64_t n = 0, free_bytes = free_bytes_of(e);
     if (!ps_round_up_u64(n_bytes, GRAIN_BYTES, &n) || n > free_bytes)
         return ps_fail(err, PS_EDEVICE, "the emulated GPU has %llu of %llu bytes free, not %llu",
             (unsigned long long)free_bytes, (unsigned long long)d->info.vram_total_bytes,
@@ -141,6 +160,19 @@ static ps_status check_locked_room(const emu *e, uint64_t n_bytes, ps_err *err)
         (unsigned long long)e->base.locked.total_bytes);
 }
 
+/* Page tables for a range, if device memory has room for them. */
+static ps_status map_locked(emu *e, const void *p, uint64_t n_bytes, ps_err *err)
+{
+    uint64_t n_pages = e->locked_pages + pages_of((uintptr_t)p, n_bytes);
+    uint64_t more = map_bytes_of(e, n_pages) - map_bytes_of(e, e->locked_pages);
+    if (more > free_bytes_of(e))
+        return ps_fail(err, PS_EDEVICE,
+            "the emulated GPU has %llu bytes free, not %llu for page tables of locked memory",
+            (unsigned long long)free_bytes_of(e), (unsigned long long)more);
+    e->locked_pages = n_pages;
+    return PS_OK;
+}
+
 static ps_status emu_locked_alloc(ps_device *d, uint64_t n_bytes, void **out, ps_err *err)
 {
     emu *e = emu_of(d);
@@ -150,14 +182,27 @@ static ps_status emu_locked_alloc(ps_device *d, uint64_t n_bytes, void **out, ps
     if (p == NULL)
         return ps_fail(
             err, PS_ENOMEM, "no host memory for %llu bytes", (unsigned long long)n_bytes);
+    status = map_locked(e, p, n_bytes, err);
+    if (status != PS_OK) {
+        ps_free(p);
+        return status;
+    }
     ps_ranges_add(&e->base.locked, (uintptr_t)p, n_bytes, PS_LOCKED_ALLOC);
     *out = p;
     return PS_OK;
 }
 
+static bool forget_locked(emu *e, const void *p)
+{
+    ps_range range;
+    if (!ps_ranges_remove(&e->base.locked, (uintptr_t)p, &range)) return false;
+    e->locked_pages -= pages_of(range.base, range.n_bytes);
+    return true;
+}
+
 static void emu_locked_free(ps_device *d, void *p)
 {
-    if (ps_ranges_remove(&ps_base_of(d)->locked, (uintptr_t)p, NULL)) ps_free(p);
+    if (forget_locked(emu_of(d), p)) ps_free(p);
 }
 
 static ps_status emu_lock(ps_device *d, void *p, uint64_t n_bytes, ps_err *err)
@@ -165,13 +210,16 @@ static ps_status emu_lock(ps_device *d, void *p, uint64_t n_bytes, ps_err *err)
     emu *e = emu_of(d);
     ps_status status = check_locked_room(e, n_bytes, err);
     if (status != PS_OK) return status;
+    status = map_locked(e, p, n_bytes, err);
+    if (status != PS_OK) return status;
     if (ps_ranges_add(&e->base.locked, (uintptr_t)p, n_bytes, PS_LOCKED_REGISTERED)) return PS_OK;
+    e->locked_pages -= pages_of((uintptr_t)p, n_bytes);
     return ps_fail(err, PS_EINTERNAL, "%p cannot be registered as page-locked", p);
 }
 
 static void emu_unlock(ps_device *d, void *p)
 {
-    ps_ranges_remove(&ps_base_of(d)->locked, (uintptr_t)p, NULL);
+    forget_locked(emu_of(d), p);
 }
 
 /* An alias that only ops of the emulated GPU can follow. */
@@ -236,6 +284,7 @@ ps_status ps_device_emu_open(const ps_device_options *options, ps_device **out, 
     b->n_faults = options->n_faults;
     memcpy(b->faults, options->faults, sizeof b->faults);
     e->cap_locked_bytes = options->emu_locked_bytes;
+    e->map_bytes_per_gib = options->emu_map_bytes_per_gib;
     ps_device_configure(b, options);
     b->hub.compute_threads = options->threads;
     b->hub.accel_tag = PS_EMU_TAG;

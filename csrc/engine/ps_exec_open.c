@@ -5,9 +5,8 @@
 
 #include <string.h>
 
+#include "engine/ps_locked.h"
 #include "engine/ps_upload.h"
-
-enum { FLAGS_BYTES = 64 << 10 }; /* set aside for hand-offs between GPU and CPU: 500 a pass */
 
 /* ---- memory ---- */
 
@@ -40,12 +39,30 @@ static const char *const RAM_ADVICE =
     "weights that only cross the bus stay on disk, but what the CPU computes with does not: raise "
     "the limit or give more vram";
 
+/* The plan's charge for the device's page tables holds for all that it knows of, and stays when a
+ * limit lets us lock less. What grows later beyond that, for more rows of logits or more hand-offs,
+ * is charged here; *n_charged is that, and stays too: drivers keep their tables. */
+static ps_status charge_map(ps_exec *x, uint64_t n_bytes, uint64_t *n_charged, ps_err *err)
+{
+    uint64_t locked = x->stats.locked_bytes + x->weights.locked_bytes + n_bytes;
+    locked += PS_LOCKED_EDGE_BYTES + 2ull * PS_LOCKED_PAGE_BYTES * x->weights.n_pieces;
+    uint64_t needed = ps_locked_map_bytes(&x->plan->spec, locked), used = x->arena.used[PS_MEM_MAP];
+    *n_charged = needed > used ? needed - used : 0;
+    return *n_charged > 0 ? ps_arena_charge(&x->arena, PS_MEM_MAP, *n_charged, err) : PS_OK;
+}
+
 ps_status ps_exec_locked(ps_exec *x, uint64_t n_bytes, void **out, ps_err *err)
 {
+    uint64_t n_charged = 0;
     if (n_bytes == 0) return PS_OK;
     PS_TRY(check_limit("locked_limit", "page-locked", LOCKED_ADVICE,
         x->stats.locked_bytes + n_bytes, limit_or_none(x->options.locked_limit), err));
-    PS_TRY(ps_device_locked_alloc(x->device, n_bytes, out, err));
+    PS_TRY(charge_map(x, n_bytes, &n_charged, err));
+    ps_status status = ps_device_locked_alloc(x->device, n_bytes, out, err);
+    if (status != PS_OK) {
+        ps_arena_give(&x->arena, PS_MEM_MAP, n_charged);
+        return status;
+    }
     memset(*out, 0, n_bytes);
     x->stats.locked_bytes += n_bytes;
     return PS_OK;
@@ -60,8 +77,10 @@ static ps_status take_spaces(ps_exec *x, ps_err *err)
 {
     const ps_plan *p = x->plan;
     if (!p->spec.accelerator) return PS_OK;
-    uint64_t carved = p->needed_bytes - p->bytes_by_kind[PS_MEM_GRAPH];
+    uint64_t map = p->bytes_by_kind[PS_MEM_MAP],
+             carved = p->needed_bytes - p->bytes_by_kind[PS_MEM_GRAPH] - map;
     PS_TRY(ps_arena_init(&x->arena, x->device, carved, p->spec.budget_bytes, err));
+    PS_TRY(ps_arena_charge(&x->arena, PS_MEM_MAP, map, err));
     for (size_t i = 0; i < PS_DEV_SPACE_COUNT; i++) {
         ps_dev_space row = ps_dev_spaces[i];
         uint64_t n_bytes =
@@ -127,23 +146,11 @@ uint32_t ps_exec_logit_rows(ps_exec *x, uint32_t n_rows)
 
 /* ---- weights ---- */
 
-/* The part of locked memory that is known before any list is lowered. */
-static uint64_t fixed_locked_bytes(const ps_exec *x)
-{
-    const ps_plan *p = x->plan;
-    uint64_t n_bytes = p->space_bytes[PS_SPACE_HOST_ACT] + p->space_bytes[PS_SPACE_HOST_BATCH] +
-                       p->space_bytes[PS_SPACE_DEV_CONST] +
-                       p->spec.logit_rows * (uint64_t)x->model->hp.n_vocab * sizeof(float);
-    if (p->kv_backed) n_bytes += p->space_bytes[PS_SPACE_HOST_KV];
-    if (p->spec.accelerator) n_bytes += FLAGS_BYTES + PS_BOUNCE_MIN_BYTES;
-    return n_bytes;
-}
-
-/* The same of all host memory, locked or not. */
+/* What there is besides images, locked or not, before any list is lowered. */
 static uint64_t fixed_ram_bytes(const ps_exec *x)
 {
     const ps_plan *p = x->plan;
-    return fixed_locked_bytes(x) + p->space_bytes[PS_SPACE_HOST_CONST] +
+    return ps_locked_fixed_bytes(p) + p->space_bytes[PS_SPACE_HOST_CONST] +
            (p->kv_backed ? 0 : p->space_bytes[PS_SPACE_HOST_KV]);
 }
 
@@ -161,7 +168,7 @@ static ps_status choose_images(ps_exec *x, uint64_t *bounce_bytes, ps_err *err)
     uint64_t ram_limit = limit_or_none(x->options.ram_limit), fixed = fixed_ram_bytes(x);
     uint64_t ram_room = room_below(ram_limit, fixed), missing = 0;
     uint64_t locked_room =
-        room_below(limit_or_none(x->options.locked_limit), fixed_locked_bytes(x));
+        room_below(limit_or_none(x->options.locked_limit), ps_locked_fixed_bytes(x->plan));
     PS_TRY(ps_host_weights_init(
         w, x->model, x->plan, x->device, ram_room, locked_room, &missing, err));
     *bounce_bytes = 0;
@@ -204,7 +211,7 @@ static ps_status lock_images(ps_exec *x, uint64_t bounce_bytes, ps_err *err)
     if (!ps_host_weights_streams(&x->weights)) return PS_OK;
     const ps_exec_options *o = &x->options;
     ps_host_weights *w = &x->weights;
-    uint64_t reserved = FLAGS_BYTES + ps_max_u64(bounce_bytes, PS_BOUNCE_MIN_BYTES);
+    uint64_t reserved = PS_LOCKED_FLAGS_BYTES + ps_max_u64(bounce_bytes, PS_BOUNCE_MIN_BYTES);
     uint64_t room = room_below(limit_or_none(o->locked_limit), x->stats.locked_bytes + reserved);
     if (bounce_bytes > 0) PS_TRY(make_bounce(x, bounce_bytes, err));
     PS_TRY(ps_host_weights_lock(w, room, err));
@@ -240,10 +247,10 @@ static ps_status load_weights(ps_exec *x, ps_pool *pool, ps_err *err)
     const ps_exec_options *o = &x->options;
     PS_TRY(ps_host_weights_load(
         &x->weights, o->ram_limit != 0, pool, o->progress, o->ctx, &x->stats.disk_bytes, err));
-    uint64_t room =
-        ps_min_u64(room_below(limit_or_none(o->locked_limit), x->stats.locked_bytes + FLAGS_BYTES),
-            room_below(limit_or_none(o->ram_limit),
-                fixed_ram_bytes(x) - PS_BOUNCE_MIN_BYTES + x->weights.image_bytes));
+    uint64_t room = ps_min_u64(
+        room_below(limit_or_none(o->locked_limit), x->stats.locked_bytes + PS_LOCKED_FLAGS_BYTES),
+        room_below(limit_or_none(o->ram_limit),
+            fixed_ram_bytes(x) - PS_BOUNCE_MIN_BYTES + x->weights.image_bytes));
     return ps_upload_weights(x->plan, x->device, x->bases.space[PS_SPACE_DEV_WEIGHTS], room, pool,
         o->progress, o->ctx, &x->stats.disk_bytes, err);
 }
@@ -272,7 +279,7 @@ static ps_status create(ps_exec *x, ps_err *err)
     ps_pool *pool = NULL;
     uint64_t bounce_bytes = 0;
     x->bases.weights = &x->weights;
-    PS_TRY(check_limit("locked_limit", "page-locked", LOCKED_ADVICE, fixed_locked_bytes(x),
+    PS_TRY(check_limit("locked_limit", "page-locked", LOCKED_ADVICE, ps_locked_fixed_bytes(x->plan),
         limit_or_none(x->options.locked_limit), err));
     PS_TRY(choose_images(x, &bounce_bytes, err));
     for (int s = 0; s < PS_STREAM_COUNT; s++)

@@ -3,28 +3,14 @@
 
 #include <string.h>
 
+#include "engine/ps_locked.h"
+
 enum {
-    PAGE_BYTES = 4096,
+    PAGE_BYTES = PS_LOCKED_PAGE_BYTES,
     MIN_PIECE_BYTES = 1 << 20, /* a registration takes as long as copying so much */
 };
 
 /* ---- which units ---- */
-
-static bool copied_from_host(const ps_plan *p, uint32_t unit)
-{
-    if (ps_plan_comes_and_goes(p, unit)) return true;
-    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
-        if (ps_plan_place(p, t, unit).kind == PS_PLACE_STREAM) return true;
-    return false;
-}
-
-/* Do passes that gather divide it between the bus, over which the GPU reads it, and the CPU? */
-static bool read_from_host(const ps_plan *p, uint32_t unit)
-{
-    for (uint32_t t = 0; t < p->spec.n_tiers; t++)
-        if (ps_plan_share(p, t, unit) > 0) return true;
-    return false;
-}
 
 /* Does only the bus look at its image? Of a cut unit's norms, of routers with their experts' biases
  * and of the token table the CPU may read something even where it computes none of the unit. */
@@ -63,13 +49,6 @@ static uint64_t streamed_bytes(const ps_host_weights *w)
     return n_bytes;
 }
 
-/* Experts that are divided but never copied: locked, or left where only the CPU reads them. */
-static void set_divided(ps_host_weights *w, bool locked)
-{
-    for (uint32_t i = 0; i < w->plan->model->n_units; i++)
-        if (read_from_host(w->plan, i) && !copied_from_host(w->plan, i)) w->streamed[i] = locked;
-}
-
 ps_status ps_host_weights_init(ps_host_weights *w, ps_model *model, const ps_plan *plan,
     ps_device *device, uint64_t room_bytes, uint64_t locked_room_bytes, uint64_t *missing_bytes,
     ps_err *err)
@@ -84,15 +63,12 @@ ps_status ps_host_weights_init(ps_host_weights *w, ps_model *model, const ps_pla
         return ps_fail(err, PS_ENOMEM, "no host memory to load a model");
     for (uint32_t i = 0; i < m->n_units; i++) {
         w->in_memory[i] = plan->homes[i].host;
-        w->streamed[i] = plan->homes[i].host && copied_from_host(plan, i);
-        /* Rows of a tied head are copied out of the image of the whole. */
-        if (copied_from_host(plan, i) && !plan->homes[i].host && m->units[i].of >= 0)
-            w->streamed[m->units[i].of] = true;
         if (w->in_memory[i]) w->image_bytes += ps_images_padded_bytes(m, i);
     }
-    set_divided(w, true);
-    /* Copies must not bounce for them: their layers can do without. */
-    if (streamed_bytes(w) > locked_room_bytes) set_divided(w, false);
+    ps_locked_units(plan, true, w->streamed);
+    /* Copies must not bounce for experts that are divided but never copied: their layers can do
+     * without, and they stay where only the CPU reads them. */
+    if (streamed_bytes(w) > locked_room_bytes) ps_locked_units(plan, false, w->streamed);
     while (w->image_bytes > room_bytes) {
         uint32_t unit = coldest(w);
         if (unit == UINT32_MAX) {
@@ -286,6 +262,31 @@ static ps_status lock_runs(ps_host_weights *w, const image *list, uint32_t n, ui
     return PS_OK;
 }
 
+/* The chunk that an image lies in, and how many images of the list do, from that one on. */
+static uint32_t find_chunk(
+    const ps_host_weights *w, const image *list, uint32_t n, void **base, uint64_t *n_bytes)
+{
+    uint32_t k = 1;
+    ps_images_chunk_of(list->unit < w->model->n_units ? w->model->images : w->parts,
+        (const void *)list->base, base, n_bytes);
+    while (k < n && list[k].base - (uintptr_t)*base < *n_bytes) k++;
+    return k;
+}
+
+/* Chunks may hold what this plan has no use for, since it was loaded for another engine; the plan
+ * knows nothing of that, and has not charged for it. */
+static bool chunks_are_as_planned(const ps_host_weights *w, const image *list, uint32_t n)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < n;) {
+        void *base = NULL;
+        uint64_t n_bytes = 0;
+        i += find_chunk(w, list + i, n - i, &base, &n_bytes);
+        sum += n_bytes + 2 * PAGE_BYTES;
+    }
+    return sum <= w->plan->locked_image_bytes;
+}
+
 /* Whole chunks, whatever else lies in them: few registrations, and the same for every engine over a
  * model. *most: of the pieces to try after the first refusal. */
 static ps_status lock_chunks(
@@ -295,10 +296,7 @@ static ps_status lock_chunks(
         void *base = NULL;
         uint64_t n_bytes = 0;
         bool refused = false;
-        ps_images_chunk_of(list[i].unit < w->model->n_units ? w->model->images : w->parts,
-            (const void *)list[i].base, &base, &n_bytes);
-        for (k = 1; i + k < n && list[i + k].base - (uintptr_t)base < n_bytes; k++) {
-        }
+        k = find_chunk(w, list + i, n - i, &base, &n_bytes);
         PS_TRY(lock_piece(w, (uintptr_t)base, n_bytes, &list[i], k, &refused, err));
         if (!refused) continue;
         *most = n_bytes / 2;
@@ -314,7 +312,8 @@ ps_status ps_host_weights_lock(ps_host_weights *w, uint64_t room_bytes, ps_err *
     uint64_t most = UINT64_MAX;
     PS_TRY(list_images(w, &list, &n, err));
     ps_status status = PS_OK;
-    if (room_bytes == UINT64_MAX) status = lock_chunks(w, list, n, &most, err);
+    if (room_bytes == UINT64_MAX && chunks_are_as_planned(w, list, n))
+        status = lock_chunks(w, list, n, &most, err);
     if (status == PS_OK) status = lock_runs(w, list, n, room_bytes, most, err);
     ps_free(list);
     return status;

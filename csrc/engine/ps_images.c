@@ -302,6 +302,16 @@ static void fill_member(void *ctx, int i_thread, int n_threads)
     }
 }
 
+uint32_t ps_images_count_chunk(
+    const ps_model *model, const uint32_t *units, uint32_t n, uint64_t *n_bytes)
+{
+    uint32_t end = 1;
+    *n_bytes = ps_images_padded_bytes(model, units[0]);
+    while (end < n && *n_bytes + ps_images_padded_bytes(model, units[end]) <= PS_IMAGE_CHUNK_BYTES)
+        *n_bytes += ps_images_padded_bytes(model, units[end++]);
+    return end;
+}
+
 /* Cuts the missing units into chunks and gives each its address. On failure no chunk of this call
  * is left. */
 static ps_status place_chunks(ps_images *im, const ps_model *model, const uint32_t *units,
@@ -309,11 +319,8 @@ static ps_status place_chunks(ps_images *im, const ps_model *model, const uint32
 {
     uint32_t n_before = im->n_chunks;
     for (uint32_t i = 0; i < n;) {
-        uint64_t n_bytes = ps_images_padded_bytes(model, units[i]);
-        uint32_t end = i + 1;
-        while (
-            end < n && n_bytes + ps_images_padded_bytes(model, units[end]) <= PS_IMAGE_CHUNK_BYTES)
-            n_bytes += ps_images_padded_bytes(model, units[end++]);
+        uint64_t n_bytes = 0;
+        uint32_t end = i + ps_images_count_chunk(model, units + i, n - i, &n_bytes);
         chunk *chunks = ps_realloc(im->chunks, im->n_chunks + 1, sizeof *chunks);
         if (chunks != NULL) im->chunks = chunks;
         unsigned char *base = chunks != NULL ? ps_alloc(n_bytes, 1) : NULL;

@@ -50,6 +50,9 @@ const void *ps_images_borrow(ps_images *images, uint32_t unit);
 void ps_images_return(ps_images *images, uint32_t unit);
 /* The chunk that an image lies in, for locking: only a user of one of its images may ask. */
 void ps_images_chunk_of(ps_images *images, const void *image, void **base, uint64_t *n_bytes);
+/* How many of these units, from the first on, one chunk holds, and its bytes. */
+uint32_t ps_images_count_chunk(
+    const ps_model *model, const uint32_t *units, uint32_t n, uint64_t *n_bytes);
 /* Host memory of one image, and of all that there are. */
 uint64_t ps_images_padded_bytes(const ps_model *model, uint32_t unit);
 uint64_t ps_images_bytes(const ps_images *images);

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "engine/ps_cut.h"
+#include "engine/ps_locked.h"
 #include "engine/ps_ticks.h"
 
 const char *ps_space_name(ps_space space)
@@ -72,6 +73,10 @@ static ps_status check_numbers(const ps_plan *p, ps_err *err)
             "chunk_tok %u, pass_tok %u, logit_rows %u: each must be at least 1, and pass_tok at "
             "least chunk_tok",
             s->chunk_tok, s->pass_tok, s->logit_rows);
+    if (s->map_bytes_per_gib > PS_LOCKED_MAX_RATE)
+        return ps_fail(err, PS_EPLAN,
+            "map_bytes_per_gib is %llu: page tables larger than the memory they are of",
+            (unsigned long long)s->map_bytes_per_gib);
     return PS_OK;
 }
 
@@ -582,7 +587,7 @@ const ps_dev_space ps_dev_spaces[PS_DEV_SPACE_COUNT] = {{PS_SPACE_DEV_WEIGHTS, P
     {PS_SPACE_DEV_RING, PS_MEM_RING}, {PS_SPACE_DEV_KV, PS_MEM_KV}, {PS_SPACE_DEV_ACT, PS_MEM_ACT},
     {PS_SPACE_DEV_BATCH, PS_MEM_BATCH}, {PS_SPACE_DEV_CONST, PS_MEM_BATCH}};
 
-static void sum_up(ps_plan *p)
+static ps_status sum_up(ps_plan *p, ps_err *err)
 {
     uint64_t at = 0;
     for (size_t i = 0; i < PS_DEV_SPACE_COUNT; i++) {
@@ -593,7 +598,12 @@ static void sum_up(ps_plan *p)
         at += n;
     }
     if (p->uses[PS_SIDE_DEV]) p->bytes_by_kind[PS_MEM_GRAPH] = p->spec.graph_reserve_bytes;
-    for (int k = 0; k < PS_MEM_KIND_COUNT; k++) p->needed_bytes += p->bytes_by_kind[k];
+    PS_TRY(ps_locked_most(p, &p->locked_image_bytes, &p->locked_bytes, err));
+    p->bytes_by_kind[PS_MEM_MAP] = ps_locked_map_bytes(&p->spec, p->locked_bytes);
+    for (int k = 0; k < PS_MEM_KIND_COUNT; k++) /* a reserve can be any number */
+        if (!ps_add_u64(p->needed_bytes, p->bytes_by_kind[k], &p->needed_bytes))
+            p->needed_bytes = UINT64_MAX;
+    return PS_OK;
 }
 
 /* ---- creation ---- */
@@ -636,7 +646,7 @@ static ps_status fill(ps_plan *p, const ps_plan_spec *spec, ps_err *err)
         PS_TRY(ps_model_rope(m, i, spec->n_ctx, freq, &p->rope_mag[i], err));
     }
     PS_TRY(lay_out(p, err));
-    sum_up(p);
+    PS_TRY(sum_up(p, err));
     if (spec->accelerator && p->needed_bytes > spec->budget_bytes) {
         ps_fail(err, PS_EBUDGET,
             "this placement needs %.1f MiB of VRAM, and the budget is %.1f MiB",

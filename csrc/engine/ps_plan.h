@@ -55,6 +55,8 @@ typedef struct ps_plan_spec {
     uint32_t pass_tok;   /* most tokens of one pass; >= chunk_tok */
     uint32_t logit_rows; /* most logits rows computed at once */
     uint64_t graph_reserve_bytes;
+    uint64_t map_bytes_per_gib; /* of the device's memory, for each GiB of locked host memory that
+                                   it reaches; see ps_locked_map_bytes */
     bool per_tier_residency; /* tiers may have residents of their own; else they must be the same */
 } ps_plan_spec;
 
@@ -209,6 +211,8 @@ typedef struct ps_plan {
     uint64_t dev_base[PS_SPACE_COUNT]; /* of each DEV space in the arena */
     uint64_t bytes_by_kind[PS_MEM_KIND_COUNT];
     uint64_t needed_bytes;                /* their sum */
+    uint64_t locked_bytes;                /* page-locked at most; see ps_locked */
+    uint64_t locked_image_bytes;          /* of these, for images */
     uint32_t max_pages;                   /* KV pages of one sequence */
     uint64_t kv_page_bytes;               /* K (or V) of one page of one layer, all heads */
     uint64_t rope_offset[PS_ROPE_TABLES]; /* f32 [n_rot / 2] in DEV_CONST and HOST_CONST */

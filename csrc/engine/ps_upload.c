@@ -133,12 +133,31 @@ static ps_status upload_all(
     return PS_OK;
 }
 
+static uint64_t resident_bytes(const ps_plan *plan)
+{
+    uint64_t n_bytes = 0;
+    for (uint32_t i = 0; i < plan->model->n_units; i++)
+        if (ps_plan_resident_at(plan, 0, i) != UINT64_MAX) n_bytes += plan->model->units[i].n_bytes;
+    return n_bytes;
+}
+
+static uint32_t count_parts(uint64_t total_bytes)
+{
+    return (uint32_t)ps_min_u64(MAX_PARTS, ps_div_up_u64(total_bytes, PART_BYTES) + 1);
+}
+
+uint64_t ps_upload_staging_bytes(const ps_plan *plan)
+{
+    uint64_t n_bytes = resident_bytes(plan);
+    return n_bytes > 0 ? 2ull * count_parts(n_bytes) * PART_BYTES : 0;
+}
+
 static ps_status take_staging(uploader *u, uint64_t room_bytes, ps_err *err)
 {
     void *staging = NULL;
     ps_status status;
     ps_err why;
-    u->max_parts = (uint32_t)ps_min_u64(MAX_PARTS, ps_div_up_u64(u->total_bytes, PART_BYTES) + 1);
+    u->max_parts = count_parts(u->total_bytes);
     u->part_bytes = PART_BYTES;
     for (uint64_t room = room_bytes;; room /= 2) { /* half of it where the system has no more */
         if (2 * u->max_parts * u->part_bytes > room) {
@@ -162,13 +181,12 @@ ps_status ps_upload_weights(const ps_plan *plan, ps_device *device, ps_dptr weig
     uint64_t room_bytes, ps_pool *pool, ps_progress_fn progress, void *progress_ctx,
     uint64_t *file_bytes, ps_err *err)
 {
-    uploader u = {.plan = plan, .device = device, .weights = weights};
+    uploader u = {
+        .plan = plan, .device = device, .weights = weights, .total_bytes = resident_bytes(plan)};
     const ps_model *m = plan->model;
     for (uint32_t i = 0; i < m->n_units; i++)
-        if (ps_plan_resident_at(plan, 0, i) != UINT64_MAX) {
-            u.total_bytes += m->units[i].n_bytes;
-            if (ps_model_image(m, i) == NULL) *file_bytes += m->units[i].n_bytes;
-        }
+        if (ps_plan_resident_at(plan, 0, i) != UINT64_MAX && ps_model_image(m, i) == NULL)
+            *file_bytes += m->units[i].n_bytes;
     if (u.total_bytes == 0) return PS_OK;
     ps_status status = take_staging(&u, room_bytes, err);
     for (int i = 0; i < 2 && status == PS_OK; i++)

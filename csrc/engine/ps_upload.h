@@ -11,6 +11,10 @@
 
 enum { PS_UPLOAD_MIN_BYTES = 32 << 10 }; /* the least that staging can do with */
 
+/* Of locked memory, while there is room for it: what staging for this plan takes, 0 where it
+ * uploads nothing. */
+uint64_t ps_upload_staging_bytes(const ps_plan *plan);
+
 /* `weights` is where DEV_WEIGHTS begins; staging takes at most room_bytes. *file_bytes: read from
  * disk. `progress` and `poll`-like cancelling as for ps_model_load_images. */
 ps_status ps_upload_weights(const ps_plan *plan, ps_device *device, ps_dptr weights,

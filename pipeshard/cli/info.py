@@ -122,8 +122,9 @@ def _types(tensors: list[tuple[str, str, tuple[int, ...], int, int, int]]) -> di
 
 
 def _budgets(model: Model, wishes: Wishes, asked: list[int]) -> list[dict[str, Any]]:
-    """What lies in VRAM under each budget: those asked for, or powers of two until everything does."""
-    machine = Machine(accelerator=True)
+    """What lies in an NVIDIA GPU's memory under each budget: those asked for, or powers of two until everything
+    does."""
+    machine = Machine.of("cuda")
     rows = []
     smallest = smallest_budget(model, machine, wishes)
     first = max(smallest, model.n_bytes // 16).bit_length()

@@ -333,6 +333,40 @@ PS_TEST(memory_is_poisoned_and_limited)
     ps_device_close(f->d);
 }
 
+/* Page tables take device memory, by whole pages, as long as something is locked. */
+PS_TEST(locked_memory_takes_device_memory)
+{
+    enum { PAGE = 4096, A_PAGE = 64 };
+    fixture fx, *f = &fx;
+    PS_REQUIRE(open_emu(f, (ps_device_options){.emu_vram_bytes = 1 << 20,
+                               .emu_map_bytes_per_gib = A_PAGE * ((1 << 30) / PAGE)}));
+    uint64_t before = 0, now = 0, total = 0;
+    DO_OK(ps_device_mem_info(f->d, &before, &total, &f->err));
+    unsigned char *block = ps_alloc(8 * PAGE, 1);
+    PS_REQUIRE(block != NULL);
+    unsigned char *page = block + (PAGE - (uintptr_t)block % PAGE);
+    DO_OK(ps_device_lock(f->d, page + 100, 2 * PAGE, &f->err)); /* touches three */
+    DO_OK(ps_device_mem_info(f->d, &now, &total, &f->err));
+    PS_CHECK_EQ_U64(before - now, 3 * A_PAGE);
+    void *locked = NULL;
+    DO_OK(ps_device_locked_alloc(f->d, 5 * PAGE, &locked, &f->err));
+    DO_OK(ps_device_mem_info(f->d, &now, &total, &f->err));
+    PS_CHECK(before - now == 8 * A_PAGE || before - now == 9 * A_PAGE);
+    ps_device_unlock(f->d, page + 100);
+    ps_device_locked_free(f->d, locked);
+    DO_OK(ps_device_mem_info(f->d, &now, &total, &f->err));
+    PS_CHECK_EQ_U64(now, before);
+    /* What is left for it is what other memory leaves. */
+    ps_dptr all = {0};
+    DO_OK(ps_device_alloc(f->d, now - 4 * A_PAGE, &all, &f->err));
+    PS_CHECK_STATUS(ps_device_lock(f->d, page, 4 * PAGE, NULL), PS_OK);
+    PS_CHECK_STATUS(ps_device_locked_alloc(f->d, PAGE, &locked, NULL), PS_EDEVICE);
+    ps_device_unlock(f->d, page);
+    ps_device_free(f->d, all);
+    ps_device_close(f->d);
+    ps_free(block);
+}
+
 /* ---- traps ---- */
 
 typedef struct touch_args {
@@ -555,6 +589,8 @@ PS_TEST(silly_options_are_refused)
     o.emu_profile.disk_bytes_per_s = 0;
     PS_CHECK_STATUS(ps_device_open("emu", &o, &d, NULL), PS_EREQUEST);
     o = (ps_device_options){.emu_vram_bytes = 1ull << 60};
+    PS_CHECK_STATUS(ps_device_open("emu", &o, &d, NULL), PS_EREQUEST);
+    o = (ps_device_options){.emu_map_bytes_per_gib = (1 << 30) + 1};
     PS_CHECK_STATUS(ps_device_open("emu", &o, &d, NULL), PS_EREQUEST);
     PS_CHECK(d == NULL);
 }

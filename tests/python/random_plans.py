@@ -63,6 +63,7 @@ def base_spec(model: Model) -> Spec:
         "pass_tok": 64,
         "logit_rows": 8,
         "graph_reserve_bytes": 0,
+        "map_bytes_per_gib": 0,
         "per_tier_residency": False,
         "kv_far_on_cpu": False,
     }
@@ -209,6 +210,7 @@ def _huge(spec: Spec, rng: Rng) -> None:
     spec["n_slots"], spec["slot_bytes"] = 1 << 20, 1 << 40
     spec["n_ctx"], spec["n_seq"] = 1 << 27, 4096
     spec["graph_reserve_bytes"] = int(rng.choice([0, 1 << 62, (1 << 64) - 1]))
+    spec["map_bytes_per_gib"] = int(rng.choice([0, 1 << 30, (1 << 30) + 1, (1 << 64) - 1]))
 
 
 def _ring(spec: Spec, rng: Rng) -> None:

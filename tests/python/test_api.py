@@ -89,6 +89,7 @@ def test_signatures_are_those_that_users_rely_on() -> None:
         "seed",
         "delays",
         "faults",
+        "map_bytes_per_gib",
     ]
 
 
@@ -342,6 +343,9 @@ def test_last_logits_is_a_read_only_view(engine: ps.Engine) -> None:
         ({"vram_capacity": 1.5}, TypeError),
         ({"seed": -1}, ps.RequestError),
         ({"seed": "x"}, TypeError),
+        ({"map_bytes_per_gib": -1}, ps.RequestError),
+        ({"map_bytes_per_gib": (1 << 30) + 1}, ps.RequestError),
+        ({"map_bytes_per_gib": 0.5}, TypeError),
         ({"delays": 1}, TypeError),
         ({"profile": {"warp": 9}}, ps.RequestError),
         ({"profile": {"gpu_flops": 0}}, ps.RequestError),

@@ -40,6 +40,7 @@ def make_plan(model: _core.Model, kind: int = VRAM, **changes: Any) -> _core.Pla
         "pass_tok": 64,
         "logit_rows": 8,
         "graph_reserve_bytes": 0,
+        "map_bytes_per_gib": 0,
         "per_tier_residency": False,
         "kv_far_on_cpu": False,
     }

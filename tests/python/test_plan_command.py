@@ -15,7 +15,7 @@ DATASHEET = "rtx4060-laptop-datasheet.json"
 
 
 def test_one_budget_is_explained(llama: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", llama, "--vram", "700KiB", "--profile", DATASHEET]) == 0
+    assert main(["plan", llama, "--vram", "8MiB", "--profile", DATASHEET]) == 0
     text = capsys.readouterr().out
     for words in (
         "TTFT",

@@ -255,16 +255,16 @@ def test_rows_have_predictions_and_bounds(llama: str) -> None:
 def test_simulated_cells(moe: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"contexts": (64,), "n_gen": 8, "device": "simulate"}
     profile, out = "rtx4060-laptop-datasheet.json", tmp_path / "rows.csv"
-    rows = ps.sweep(moe, ["1MiB", 0], profile=profile, out=out, **options)
+    rows = ps.sweep(moe, ["8MiB", 0], profile=profile, out=out, **options)
     row = rows[0]
-    found = ps.simulate(moe, vram="1MiB", profile=profile, n_ctx=72, n_prompt=64, n_gen=8)
+    found = ps.simulate(moe, vram="8MiB", profile=profile, n_ctx=72, n_prompt=64, n_gen=8)
     assert (row["ttft_s"], row["tps"]) == (found.ttft_s, found.tps)
     assert row["ttft_lo"] < row["ttft_s"] < row["ttft_hi"]
     assert row["device"] == "simulate:rtx4060-laptop-datasheet"
     assert row["source"] == "simulated (datasheet profile)"
-    assert 0 < row["peak_bytes"] <= 1 << 20
+    assert 0 < row["peak_bytes"] <= 8 << 20
     assert rows[1]["error"].startswith("BudgetError")
-    assert list(ps.sweep(moe, "1MiB", profile=profile, out=out, **options)) == [row]
+    assert list(ps.sweep(moe, "8MiB", profile=profile, out=out, **options)) == [row]
     assert ps.sweep(moe, "1MiB", **options)[0]["device"] == "simulate:here"
     assert "budget" in ps.sweep(moe, None, **options)[0]["error"]
 
@@ -432,7 +432,7 @@ def test_engines_share_one_model(llama: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_descriptions_of_devices_can_be_sent() -> None:
-    device = ps.EmuDevice({"copy_ns": 5}, "1GiB", 7, True, [("copy", 3)])
+    device = ps.EmuDevice({"copy_ns": 5}, "1GiB", 7, True, [("copy", 3)], 2 << 20)
     assert pickle.loads(pickle.dumps(device)) == device
     assert pickle.loads(pickle.dumps(ps.EmuDevice())) == ps.EmuDevice()
 
@@ -561,7 +561,7 @@ def test_the_command_predicts(capsys: pytest.CaptureFixture[str], moe: str) -> N
         "sweep",
         moe,
         "--vram",
-        "1MiB,2MiB",
+        "48MiB,64MiB",
         "-p",
         "64",
         "-n",
