@@ -55,11 +55,11 @@ C_FLAGS = "-std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off -f
 C_WARNINGS = "-Wall -Wextra -Wshadow -Wconversion -Wstrict-prototypes"
 # The file that we parse is hostile: libc's checks cost nothing measurable there. Sanitizers bring their own.
 C_HARDENING = "-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fstack-protector-strong"
-# "fuzzer" is libFuzzer, which only clang has.
+# "fuzzer" is libFuzzer, which only clang has. -g1: reports name lines, and variables take a third longer to compile.
 SANITIZERS = {
-    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g -O1",
-    "thread": "-fsanitize=thread -fno-omit-frame-pointer -g -O1",
-    "fuzzer": "-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -g -O1",
+    "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1",
+    "thread": "-fsanitize=thread -fno-omit-frame-pointer -g1 -O1",
+    "fuzzer": "-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -g1 -O1",
 }
 NVCC_FLAGS = "-O3 -std=c++17 -lineinfo -Icsrc"
 # No C++ runtime: the extension must load with whatever libstdc++ the process has, or none.

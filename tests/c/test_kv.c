@@ -432,8 +432,8 @@ PS_TEST(failed_passes_leave_windows_sound)
     float *want = run_history(&s, &n, NULL);
     s.options.n_faults = 1;
     for (size_t k = 0; want != NULL && k < sizeof kinds / sizeof *kinds; k++)
-        for (int64_t after = 8;;
-             after += kinds[k] == PS_FAULT_SYNC ? 5 : after) { /* few, and late */
+        for (int64_t after = 8;; after += (kinds[k] == PS_FAULT_SYNC ? 5 : after) *
+                                          ps_test_step(2)) { /* few, and late */
             s.options.faults[0] = (ps_fault){kinds[k], after, false};
             ps_test_case("fault kind %zu after %lld", k, (long long)after);
             float *got = run_history(&s, &m, &n_failed);

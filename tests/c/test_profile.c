@@ -235,7 +235,8 @@ PS_TEST(every_refusal_of_the_device)
     s.spec.max_kv = 64;
     s.spec.device_bytes = s.spec.host_bytes = 1 << 20;
     for (int kind = 0; kind < PS_FAULT_COUNT; kind++)
-        for (int64_t after = 0;; after += 1 + after * (PS_TEST_SLOW_BUILD ? 3 : 1) / 3) {
+        for (int64_t after = 0;;
+             after += 1 + after * (PS_TEST_SLOW_BUILD && !ps_test_long() ? 9 : 1) / 3) {
             ps_profile p;
             ps_err err = {0};
             uint64_t live = ps_heap_get_stats().live_blocks;
