@@ -42,7 +42,7 @@ from .model import Model, check_path
 __all__ = ["machine_of", "profile", "profile_for_engine", "profile_path", "stored_or_measured"]
 
 # Of what is timed; the device must be opened for as much.
-MAX_TOK, MAX_KV = 2048, 8192
+MAX_TOK, MAX_KV = 2048, 16384
 _DEVICE_BYTES = (
     1 << 30
 )  # many times what a GPU's cache holds, or weights seem to come faster than they do

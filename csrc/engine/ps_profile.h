@@ -73,7 +73,7 @@ typedef struct ps_profile_spec {
     void *ctx;
 } ps_profile_spec;
 
-enum { PS_PROFILE_MAX_TOK = 2048, PS_PROFILE_MAX_KV = 8192 };
+enum { PS_PROFILE_MAX_TOK = 2048, PS_PROFILE_MAX_KV = 16384 };
 
 /* On `host` samples of the CPU alone. PS_EDEVICE where the device refuses something, PS_ENOMEM,
  * PS_ECANCELLED. `out` is overwritten; empty on failure. */

@@ -116,9 +116,10 @@ uint64_t ps_cpu_scratch_bytes(const ps_cpu_bounds *b)
      * whatever a thread's kernels and the experts' gate and up want beside. */
     const uint64_t packed = (PS_GEMM_BLOCK_TOK + PS_GEMM_GROUP) * cols * 4;
     const uint64_t products = packed + threads * (2ull << 20);
-    /* Attention of few tokens: partial results of pieces of 512 keys (ps_cpu_attn.h). */
+    /* Attention of few tokens: partial results of pieces (ps_cpu_attn.h). */
     const uint64_t dim = ((uint64_t)b->max_head_dim + 15) / 16 * 16;
-    const uint64_t pieces = PS_CPU_GEMV_MAX_TOK * ((uint64_t)b->max_ctx / 512 + 2) * b->n_head;
+    const uint64_t pieces =
+        PS_CPU_GEMV_MAX_TOK * ((uint64_t)b->max_ctx / PS_CPU_ATTN_CHUNK + 2) * b->n_head;
     const uint64_t attn = pieces * (dim + 2) * sizeof(float) + threads * 512 * dim * sizeof(float);
     const uint64_t ref = ps_max_u64(ps_max_u64(ref_rows, ref_attn), route);
     const uint64_t most = ps_max_u64(ref, ps_max_u64(products, attn));

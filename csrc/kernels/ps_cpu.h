@@ -15,7 +15,10 @@
  * what else is in the call. MATMUL: up to this many tokens one pass over the weights serves them
  * all; beyond it, tiles. Experts: the same, by the tokens that an expert gets on average, n_tok * k
  * / n_expert, and n_tok itself. */
-enum { PS_CPU_GEMV_MAX_TOK = 8 };
+enum {
+    PS_CPU_GEMV_MAX_TOK = 8,
+    PS_CPU_ATTN_CHUNK = 256, /* keys that a thread takes at a time, few enough to keep all busy */
+};
 
 /* Launchers of the reference: the fallback where a variant gains nothing. */
 ps_status ps_cpu_ref_embed(const ps_launch *launch, const void *args);

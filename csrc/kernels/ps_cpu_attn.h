@@ -1,9 +1,9 @@
 /* ps_cpu_attn - attention over the paged cache, written once over ps_cpu_vec.h and compiled by
  * ps_cpu_avx2_attn.c and ps_cpu_avx512_attn.c. Two ways, chosen by the number of tokens alone:
- * - few tokens (PS_CPU_GEMV_MAX_TOK): each thread takes whole pieces of CHUNK keys of one token and
- *   KV head, with all query heads that share it, so that the cache is read and widened once and
- * long contexts keep every thread busy; the pieces' partial softmaxes are merged in order of
- * position.
+ * - few tokens (PS_CPU_GEMV_MAX_TOK): each thread takes whole pieces of PS_CPU_ATTN_CHUNK keys of
+ * one token and KV head, with all query heads that share it, so that the cache is read and widened
+ * once and long contexts keep every thread busy; the pieces' partial softmaxes are merged in order
+ * of position.
  * - many: tiles of queries of one sequence against blocks of BLOCK keys, as matrix products.
  * Softmax runs online: keys come in blocks at fixed positions, sums are rescaled when the maximum
  * grows. A row's result depends on its own keys only: blocks that it does not see add exact zeros.
@@ -18,7 +18,6 @@
 #include <string.h>
 
 enum {
-    CHUNK = 512,     /* keys of a piece */
     BLOCK = 64,      /* keys of a block */
     ROWS = 16,       /* of them, those that a piece has as floats at a time: they stay in L1 */
     TILE_ROWS = 64,  /* queries of a tile: tokens times heads of one KV head */
@@ -344,8 +343,8 @@ typedef struct walk {
 static void set_chunk(const job *j, walk *w, uint64_t chunk)
 {
     const uint64_t pos = (uint64_t)j->pos[w->p.t], first = first_key(j, pos);
-    w->p.from = ps_max_u64(chunk * CHUNK, first);
-    w->p.to = ps_min_u64((chunk + 1) * CHUNK, pos + 1);
+    w->p.from = ps_max_u64(chunk * PS_CPU_ATTN_CHUNK, first);
+    w->p.to = ps_min_u64((chunk + 1) * PS_CPU_ATTN_CHUNK, pos + 1);
 }
 
 static bool next_piece(const job *j, walk *w)
@@ -353,7 +352,7 @@ static bool next_piece(const job *j, walk *w)
     const uint32_t n_kv = j->a->kv.n_kv_head;
     if (!w->started) {
         w->started = true;
-        set_chunk(j, w, first_key(j, (uint64_t)j->pos[0]) / CHUNK);
+        set_chunk(j, w, first_key(j, (uint64_t)j->pos[0]) / PS_CPU_ATTN_CHUNK);
     } else {
         w->index++;
         w->at += w->p.n;
@@ -361,10 +360,10 @@ static bool next_piece(const job *j, walk *w)
         if (w->p.head == (w->p.kv_head + 1) * j->group && ++w->p.kv_head == n_kv) {
             w->p.kv_head = w->p.head = 0;
             if (w->p.to <= (uint64_t)j->pos[w->p.t]) {
-                set_chunk(j, w, w->p.to / CHUNK);
+                set_chunk(j, w, w->p.to / PS_CPU_ATTN_CHUNK);
             } else {
                 if (++w->p.t == j->a->n_tok) return false;
-                set_chunk(j, w, first_key(j, (uint64_t)j->pos[w->p.t]) / CHUNK);
+                set_chunk(j, w, first_key(j, (uint64_t)j->pos[w->p.t]) / PS_CPU_ATTN_CHUNK);
             }
         }
     }
@@ -400,7 +399,7 @@ static void merge_head(
 static uint64_t chunks_of(const job *j, uint64_t t)
 {
     const uint64_t pos = (uint64_t)j->pos[t];
-    return pos / CHUNK - first_key(j, pos) / CHUNK + 1;
+    return pos / PS_CPU_ATTN_CHUNK - first_key(j, pos) / PS_CPU_ATTN_CHUNK + 1;
 }
 
 /* Pieces in turn: of a cache in two parts those without a key here are neighbours. */
@@ -605,7 +604,8 @@ ps_status PS_CPU_NAME(attn)(const ps_launch *launch, const void *args)
     const uint64_t n_threads = (uint64_t)ps_cpu_threads(launch);
     ps_cpu_scratch s = ps_cpu_scratch_of(launch);
     if (few) {
-        const uint64_t chunks = a->max_kv / CHUNK + 2; /* a window may straddle one more */
+        const uint64_t chunks =
+            a->max_kv / PS_CPU_ATTN_CHUNK + 2; /* a window may straddle one more */
         j.parts = ps_cpu_take(&s, a->n_tok * chunks * a->n_head * (j.dp + 2) * sizeof(float));
         j.work_floats = GROUP_FLOATS * (uint64_t)j.dp + GROUP_ROWS * BLOCK;
     } else {

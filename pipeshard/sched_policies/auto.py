@@ -14,7 +14,8 @@ class, so where streaming begins to pay is the cost model's to say.
 
 Then comes what takes VRAM from weights: the ring, larger ops and KV. They are tried together, for one by one they get
 stuck: a prompt of several ops streams once only through a ring that holds a layer, one op that is large enough makes
-that needless, and a window of KV finds the room for either. Then experts spread over all layers or whole layers of
+that needless, and a window of KV finds the room for either. Who attends to the keys beyond a window, the GPU over the
+bus or the CPU, is tried of the first one and kept. Then experts spread over all layers or whole layers of
 them; without experts, whole layers instead of all layers' attention. Last come the placements of the policies to
 compare with, so that by prediction `auto` is never worse than any of them. The CPU gets everything only where no other
 placement fits.
@@ -33,6 +34,7 @@ from types import MappingProxyType
 
 from ..cost import Shape
 from ..errors import BudgetError
+from ..placement import FAR_SIDES, FarSide
 from . import register
 from .base import (
     N_GEN,
@@ -73,21 +75,23 @@ _SNAP = 0.06  # a share this near to none or all of it is that
 @dataclass(frozen=True)
 class _Settings:
     """What a candidate is made from. share: of what is not resident, what streams, by tier; ring: in units of the
-    largest part of a layer that streams; kv_tok: newest tokens of a sequence whose KV is in VRAM (None: all); spread:
-    experts of all layers alike rather than layer by layer; whole: the last layers wholly rather than attention of all,
-    which saves hand-offs; split: the share is of each feed-forward's rows rather than of the feed-forwards."""
+    largest part of a layer that streams; kv_tok: newest tokens of a sequence whose KV is in VRAM (None: all); far: who
+    attends to the others; spread: experts of all layers alike rather than layer by layer; whole: the last layers wholly
+    rather than attention of all, which saves hand-offs; split: the share is of each feed-forward's rows rather than of
+    the feed-forwards."""
 
     share: Mapping[str, float]
     ring: float = 0.5
     size: int = 0
     kv_tok: int | None = None
+    far: FarSide = "gpu"
     spread: bool = False
     whole: bool = False
     split: bool = False
 
     @property
     def key(self) -> tuple[object, ...]:
-        other = (self.ring, self.size, self.kv_tok, self.spread, self.whole, self.split)
+        other = (self.ring, self.size, self.kv_tok, self.far, self.spread, self.whole, self.split)
         return (tuple(sorted(self.share.items())), *other)
 
 
@@ -127,7 +131,7 @@ class _Search:
     best_score: float = float("inf")
     settings: _Settings = field(default_factory=lambda: _Settings({}))
     # By size of ops and KV: bytes beside residents and ring, of the last candidate that was alike in these.
-    _beside: dict[tuple[int, int | None], int] = field(default_factory=dict)
+    _beside: dict[tuple[int, int | None, FarSide], int] = field(default_factory=dict)
     _tried: dict[tuple[object, ...], float] = field(default_factory=dict)
     _places: dict[tuple[object, ...], tuple[Mapping[str, Place], int, int]] = field(
         default_factory=dict
@@ -199,7 +203,7 @@ class _Search:
     def resident_bytes(self, group: _Group, settings: _Settings) -> int:
         if settings.kv_tok is None:
             return group.n_bytes + group.kv_bytes
-        n_tok = settings.kv_tok + _PAGE_TOK if settings.kv_tok else 0
+        n_tok = settings.kv_tok + _PAGE_TOK if settings.kv_tok or settings.far == "cpu" else 0
         return group.n_bytes + group.kv_bytes * n_tok // self.ctx.n_ctx
 
     # ---- a candidate ----
@@ -222,6 +226,7 @@ class _Search:
             kv_vram_tok=None
             if settings.kv_tok is None
             else dict.fromkeys((layer.index for layer in ctx.layers), settings.kv_tok),
+            kv_far_on=settings.far,
             n_slots=n_slots,
             slot_bytes=slot_bytes,
             chunk_tok=settings.size,
@@ -256,7 +261,7 @@ class _Search:
         nothing = [0] * len(self.groups)
         empty = self.placement(nothing, settings)
         ring = empty.n_slots * empty.slot_bytes
-        key = (settings.size, settings.kv_tok)
+        key = (settings.size, settings.kv_tok, settings.far)
         if key not in self._beside:
             self._beside[key] = self.ctx.needs(empty) - ring
         other = self._beside[key] + ring
@@ -380,13 +385,26 @@ class _Search:
         )
         if self.try_settings(streams) < self.try_settings(replace(found, ring=_RINGS[1])):
             found = streams
-        for kv_tok in (None, _WINDOW_TOK) if wide else (None,):
+        kinds = [found, self._window(found, longest)] if wide else [found]
+        for kind in kinds:
             for size in ctx.sizes[: at + 1]:
-                self._widen(replace(found, kv_tok=kv_tok, size=size), longest)
+                self._widen(replace(kind, size=size), longest)
         for size in ctx.sizes[at + 1 : at + 2]:
             self.try_settings(replace(self.settings, size=size))
         if has_kv and (not wide or self.settings.kv_tok is not None or self.best is None):
             self.try_settings(replace(self.settings, kv_tok=0))
+            if self.settings.kv_tok == 0:
+                self.try_settings(replace(self.settings, far=_other(self.settings.far)))
+
+    def _window(self, settings: _Settings, longest: int) -> _Settings:
+        """With a window, and with whoever makes tokens behind the longest prompt quicker beyond it."""
+
+        def token_seconds(settings: _Settings) -> float:
+            placement = self.build(settings)
+            return 1.0 / self.ctx.simulate(placement, longest).tps if placement else math.inf
+
+        window = replace(settings, kv_tok=_WINDOW_TOK)
+        return min((replace(window, far=far) for far in FAR_SIDES), key=token_seconds)
 
     def _widen(self, settings: _Settings, longest: int) -> None:
         """Larger rings, until that makes it worse. Where long prompts are several ops, in any case one that holds a
@@ -532,6 +550,10 @@ def _ring(lump: int, expert: int, factor: float) -> tuple[int, int]:
 def _gains(tried: list[tuple[float, float]]) -> bool:
     """Whether one of the last two is the best so far."""
     return min(tried) in tried[-2:]
+
+
+def _other(far: FarSide) -> FarSide:
+    return "cpu" if far == "gpu" else "gpu"
 
 
 def _aligned(n_bytes: int) -> int:

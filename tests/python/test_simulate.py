@@ -48,7 +48,7 @@ def hollow(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("hollow")
 
     def make(name: str, fmt: str | None = None, layers: int | None = None) -> ps.Model:
-        path = folder / f"{name}.gguf"
+        path = folder / f"{name}-{fmt}-{layers}.gguf"
         if not path.exists():
             synth(name, path, fmt=fmt, layers=layers, weights=False, progress=False)
         return ps.Model(path)
@@ -217,6 +217,29 @@ def test_deciding_is_quick(hollow: Any, server: Profile, policy: str) -> None:
     assert run.plan.placement.per_tier_residency == (policy == "paper")
     assert time.process_time() - start < 4
     assert len(text.splitlines()) < 150
+
+
+def test_auto_knows_who_attends_quicker_to_what_is_far(hollow: Any) -> None:
+    """Where a window leaves most of a long context in host memory: a CPU four times as quick at attention as one that
+    was measured beats the bus, and one twenty times as slow does not."""
+    measured = Profile.load(Path(ps.__file__).parent / "profiles/h200-16-cpus.json")
+    model, chosen = hollow("Qwen3-30B-A3B", layers=4), []
+    for factor in (0.25, 20.0):
+        samples = tuple(
+            replace(s, seconds=s.seconds * factor) if (s.side, s.op) == ("cpu", "attn") else s
+            for s in measured.samples
+        )
+        profile = replace(measured, samples=samples)
+        plan = ps.simulate(model, vram="256MiB", profile=profile, n_ctx=16640, threads=14).plan
+        assert plan.placement.kv_vram_tok is not None
+        token = {}
+        for far in ("gpu", "cpu"):
+            other = replace(plan, placement=replace(plan.placement, kv_far_on=far))
+            run = Simulator(profile, threads=14).run_pass(other.bind(model), 1, first=16383)
+            token[far] = run.seconds
+        chosen.append(plan.placement.kv_far_on)
+        assert chosen[-1] == min(token, key=token.__getitem__)
+    assert chosen == ["cpu", "gpu"]
 
 
 def test_opening_a_tiny_model_stays_quick(llama: str) -> None:
