@@ -31,9 +31,9 @@ F64 = npt.NDArray[np.float64]
 
 _SIDE = {"vram": "gpu", "stream": "gpu", "cpu": "cpu", "h2d": "h2d", "d2h": "d2h", "fixed": "fixed"}
 _FEW_TOK = 8  # an op of so many tokens reads weights, of many it computes
-# Attention reads keys that lie in host memory at this part of the rate of gathers, which do nothing else: at 21 of 50
+# Attention reads keys that lie in host memory at this part of the rate of gathers, which do nothing else: at 48 of 51
 # GB/s on an H200 (traces of decoding there). For profiles that did not time it.
-_KV_ON_BUS = 0.42
+_KV_ON_BUS = 0.95
 _EXPERTS = ("moe_up", "moe_down")  # ops that read whole matrices wherever they lie
 _SAME = 1e-6  # squared distance, in powers of e, of work that is the same
 
