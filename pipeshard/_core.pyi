@@ -1,10 +1,12 @@
 """The C core. Private: the package's own names are what to use."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypedDict, final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypedDict, TypeVar, final
 
 import numpy as np
 import numpy.typing as npt
+
+_T = TypeVar("_T")
 
 class BuildInfo(TypedDict):
     version: str
@@ -126,6 +128,10 @@ class Plan:
     ) -> dict[str, Any]: ...
     def held_after(self, held: int, n_tok: int, /) -> int: ...
     def kv_bucket(self, n_tok: int, max_kv: int, /) -> int: ...
+    @staticmethod
+    def distinct(
+        mapping: Mapping[str, _T], names: tuple[str, ...], /
+    ) -> tuple[list[_T], npt.NDArray[np.intp]]: ...
     @staticmethod
     def tick_names() -> tuple[
         tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str | None, ...]

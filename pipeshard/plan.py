@@ -276,12 +276,10 @@ def _look_up_known(
     units: Mapping[str, Place], index: Mapping[str, int], kinds: Any, shares: Any
 ) -> bool:
     """As _look_up(), but KeyError or TypeError for what is missing or no place. Thousands of units have few places."""
-    places = operator.itemgetter(*index)(units)
-    addresses = np.fromiter(map(id, places), np.intp, len(places))
-    _, first, which = np.unique(addresses, return_index=True, return_inverse=True)
+    places, which = _core.Plan.distinct(units, tuple(index))
     rows = [
         (_SPLIT, p.vram, p.stream) if isinstance(p, Split) else (_KINDS[p], 0.0, 0.0)
-        for p in map(places.__getitem__, first.tolist())
+        for p in places
     ]
     table = np.array(rows, np.float32)
     kinds[:], shares[:] = table[which, 0], table[which, 1:]

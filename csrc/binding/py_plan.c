@@ -293,6 +293,41 @@ static PyObject *plan_kv_bucket(PyObject *self, PyObject *args)
     return PyLong_FromUnsignedLong(ps_pass_kv_bucket(py_plan_get(self), n_tok, max_kv));
 }
 
+/* The number of an object in a list of few, the last one asked for first; it is appended if it is
+ * not there. -1 with an exception set. */
+static Py_ssize_t number_in(PyObject *found, PyObject *object, Py_ssize_t last)
+{
+    Py_ssize_t n = PyList_GET_SIZE(found);
+    if (last < n && PyList_GET_ITEM(found, last) == object) return last;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (PyList_GET_ITEM(found, i) == object) return i;
+    return PyList_Append(found, object) < 0 ? -1 : n;
+}
+
+static PyObject *plan_distinct(PyObject *unused, PyObject *args)
+{
+    (void)unused;
+    PyObject *mapping = NULL, *names = NULL;
+    if (!PyArg_ParseTuple(args, "OO!", &mapping, &PyTuple_Type, &names)) return NULL;
+    npy_intp n = PyTuple_GET_SIZE(names);
+    PyObject *found = PyList_New(0), *numbers = PyArray_SimpleNew(1, &n, NPY_INTP);
+    Py_ssize_t number = found != NULL && numbers != NULL ? 0 : -1;
+    for (npy_intp i = 0; i < n && number >= 0; i++) {
+        PyObject *value = PyObject_GetItem(mapping, PyTuple_GET_ITEM(names, i));
+        number = value != NULL ? number_in(found, value, number) : -1;
+        Py_XDECREF(value);
+        if (number >= 0) *(npy_intp *)PyArray_GETPTR1((PyArrayObject *)numbers, i) = number;
+    }
+    if (number >= 0) return Py_BuildValue("(NN)", found, numbers);
+    Py_XDECREF(found);
+    Py_XDECREF(numbers);
+    return NULL;
+}
+
+PyDoc_STRVAR(distinct_doc,
+    "distinct(mapping, names) -> (list, array)\n\nThe objects that a mapping holds under these "
+    "names, each once, and for each name the number of\nits own there.");
+
 PyDoc_STRVAR(tick_names_doc,
     "tick_names() -> tuple\n\nNames by number of a tick's kinds, streams, ops and formats.");
 
@@ -418,6 +453,7 @@ static PyMethodDef METHODS[] = {
     {"walk", (PyCFunction)(void (*)(void))py_plan_walk, METH_VARARGS | METH_KEYWORDS, walk_doc},
     {"held_after", plan_held_after, METH_VARARGS, held_after_doc},
     {"kv_bucket", plan_kv_bucket, METH_VARARGS, kv_bucket_doc},
+    {"distinct", plan_distinct, METH_VARARGS | METH_STATIC, distinct_doc},
     {"tick_names", py_plan_tick_names, METH_NOARGS | METH_STATIC, tick_names_doc},
     {NULL, NULL, 0, NULL},
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -374,3 +375,17 @@ def test_types_are_closed(name: str) -> None:
         type("Sub", (cls,), {})
     with pytest.raises(TypeError):
         cls()
+
+
+def test_distinct_objects_of_a_mapping() -> None:
+    """By identity, in the order in which they are found."""
+    one, other, third = object(), object(), object()
+    things = MappingProxyType({"a": one, "b": third, "c": other, "d": one})
+    found, numbers = _core.Plan.distinct(things, ("d", "b", "c", "a", "b"))
+    assert found == [one, third, other]
+    assert numbers.tolist() == [0, 1, 2, 0, 1]
+    assert _core.Plan.distinct({}, ())[0] == []
+    with pytest.raises(KeyError, match="e"):
+        _core.Plan.distinct(things, ("a", "e"))
+    with pytest.raises(TypeError):
+        _core.Plan.distinct(7, ("a",))  # type: ignore[arg-type]
