@@ -17,8 +17,10 @@ stuck: a prompt of several ops streams once only through a ring that holds a lay
 that needless, and a window of KV finds the room for either. Who attends to the keys beyond a window, the GPU over the
 bus or the CPU, is tried of the first one and kept. Then experts spread over all layers or whole layers of
 them; without experts, whole layers instead of all layers' attention. Last come the placements of the policies to
-compare with, so that by prediction `auto` is never worse than any of them. The CPU gets everything only where no other
-placement fits.
+compare with, so that by prediction `auto` is never worse than any of them. By the objective, that is: somebody who
+looks at first or at later tokens alone would still find one that is quicker there. So of all that was tried the best is
+taken that is nowhere far behind any of theirs, if there is one. The CPU gets everything only where no other placement
+fits.
 
 Threads: pure.
 """
@@ -26,6 +28,7 @@ Threads: pure.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -42,6 +45,7 @@ from .base import (
     Place,
     Placement,
     PolicyContext,
+    Prediction,
     Split,
     Tier,
     Unit,
@@ -69,6 +73,10 @@ _PARTS = (1.0, 0.85, 0.7, 0.5, 0.25)  # of the share that streams by the balance
 _FEW_TOK = 8  # passes of at most so many have one share of what is split
 _WINDOW_TOK = N_PROMPT + 2 * N_GEN  # of KV: a usual prompt, its answer and some more
 _PAGE_TOK = 64  # of KV, of which a window has one more
+_BEHIND = 1.03  # times as long as another policy's placement takes for one thing: as far as the best may be behind
+_RIVAL = (
+    1.5  # times the best score: a placement beyond that is nobody's choice, whatever it is quick at
+)
 _SNAP = 0.06  # a share this near to none or all of it is that
 
 
@@ -130,6 +138,7 @@ class _Search:
     best: Placement | None = None
     best_score: float = float("inf")
     settings: _Settings = field(default_factory=lambda: _Settings({}))
+    offered: list[tuple[float, Placement]] = field(default_factory=list)  # with their scores
     # By size of ops and KV: bytes beside residents and ring, of the last candidate that was alike in these.
     _beside: dict[tuple[int, int | None, FarSide], int] = field(default_factory=dict)
     _tried: dict[tuple[object, ...], float] = field(default_factory=dict)
@@ -287,11 +296,11 @@ class _Search:
 
     # ---- choosing ----
 
-    def score(self, placement: Placement) -> float:
-        """The objective. A placement that leaves VRAM unused is worth it only if that gains something: latencies of so
-        little are not known any better, and the budget was given to be used."""
+    def score(self, placement: Placement, limit: float = math.inf) -> float:
+        """The objective; above the limit something less. A placement that leaves VRAM unused is worth it only if that
+        gains something: latencies of so little are not known any better, and the budget was given to be used."""
         unused = 1.0 - self._near_bytes(placement) / max(1, self.total)
-        return latency(self.ctx, placement, _UNUSED_SECONDS * unused, self.best_score)
+        return latency(self.ctx, placement, _UNUSED_SECONDS * unused, limit)
 
     def _near_bytes(self, placement: Placement) -> float:
         table = placement.places[self.ctx.tiers[0].name]
@@ -312,12 +321,43 @@ class _Search:
         """Its score; infinite where there is none. The best so far is kept."""
         if placement is None:
             return math.inf
-        score = self.score(placement)
+        score = self.score(placement, self.best_score)
+        self.offered.append((score, placement))
         if score < self.best_score:
             self.best, self.best_score = placement, score
             if settings is not None:
                 self.settings = settings
         return score
+
+    def settle(self, others: Sequence[Placement]) -> Placement | None:
+        """The best that is nowhere far behind any of the others, and by the objective not behind them at all; simply
+        the best where there is none."""
+        by_score = sorted(self.offered, key=operator.itemgetter(0))  # of worse ones at least that
+        limit = _RIVAL * self.best_score
+        rivals = {
+            score: placement
+            for least, placement in by_score
+            if least < limit
+            and any(placement is other for other in others)
+            and (score := self.score(placement)) < limit
+        }
+        if not rivals:
+            return self.best
+        bar = min(rivals)
+        theirs = zip(*map(self._times, rivals.values()), strict=True)
+        most = [_BEHIND * min(times) for times in theirs]
+        for score, placement in by_score:
+            if score > bar:
+                break
+            near = all(map(operator.le, self._times(placement), most))
+            if near and self.score(placement) <= bar:
+                return placement
+        return self.best
+
+    def _times(self, placement: Placement) -> list[float]:
+        """To the first token and for one behind it, of each length of prompt that counts."""
+        runs = (self.ctx.simulate(placement, n) for n in prompt_lengths(self.ctx.n_ctx))
+        return [time for run in runs for time in (run.ttft_s, 1.0 / run.tps)]
 
     def try_settings(self, settings: _Settings) -> float:
         key = settings.key
@@ -434,6 +474,7 @@ class Auto:
             return replace(
                 everything, why=dict.fromkeys((u.name for u in ctx.units), "everything fits")
             )
+        ctx = _remembering(ctx)
         search = _Search(ctx)
         share = {tier.name: _balance(ctx, _typical(ctx, tier)) for tier in ctx.tiers}
         balanced = _Settings(share, size=ctx.size)
@@ -448,13 +489,15 @@ class Auto:
             search.choose_split(replace(search.settings, share=share))
         else:
             search.choose_shares(replace(search.settings, share=share), ctx.tiers[:1])
-        for placement in self._others(ctx):
+        others = list(self._others(ctx))
+        for placement in others:
             search.offer(placement)
         if search.best is None:
             search.offer(_all_cpu(ctx))
-        if search.best is None:
+        best = search.settle(others)
+        if best is None:
             raise BudgetError("no placement fits")
-        return replace(search.best, why=_reasons(ctx, search.best))
+        return replace(best, why=_reasons(ctx, best))
 
     def _others(self, ctx: PolicyContext) -> Iterator[Placement]:
         """Each as it would be by itself: with the largest ops that it finds room for."""
@@ -467,6 +510,19 @@ class Auto:
                     continue
                 yield placement if size == ctx.size else _sized(placement, size)
                 break
+
+
+def _remembering(ctx: PolicyContext) -> PolicyContext:
+    """The same, which simulates no run twice: of thousands of units that would be felt."""
+    known: dict[tuple[int, int], tuple[Placement, Prediction]] = {}
+
+    def simulate(placement: Placement, n_prompt: int) -> Prediction:
+        key = (id(placement), n_prompt)  # which is nobody else's while the placement is kept
+        if key not in known:
+            known[key] = placement, ctx.simulate(placement, n_prompt)
+        return known[key][1]
+
+    return replace(ctx, ask_simulate=simulate)
 
 
 def _sized(placement: Placement, size: int) -> Placement:

@@ -139,6 +139,22 @@ def test_auto_is_never_worse(
         assert best <= other * 1.03, policy
 
 
+def test_auto_is_nowhere_far_behind(hollow: Any) -> None:
+    """By the objective the best one here has 6 % fewer tokens a second behind 4,096 than another policy's, for a first
+    token that comes 6 % earlier behind 1,024. What is hardly behind in anything is taken instead."""
+    model, n_ctx = hollow("Minitron-8B", "f16"), 4108
+    profile = Profile.load(Path(ps.__file__).parent / "profiles/h200-16-cpus.json")
+    for n_prompt in (1024, n_ctx - 12):
+        mine, its = (
+            ps.simulate(
+                model, vram="8GiB", profile=profile, policy=policy, n_ctx=n_ctx, n_prompt=n_prompt, n_gen=12
+            )
+            for policy in ("auto", "even_split")
+        )  # fmt: skip
+        assert mine.ttft_s <= its.ttft_s * 1.031
+        assert mine.tps >= its.tps / 1.031
+
+
 def test_prompts_that_count() -> None:
     assert prompt_lengths(700) == {700: 1}
     assert prompt_lengths(2048) == {1024: 1}
