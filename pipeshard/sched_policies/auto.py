@@ -297,10 +297,13 @@ class _Search:
     # ---- choosing ----
 
     def score(self, placement: Placement, limit: float = math.inf) -> float:
-        """The objective; above the limit something less. A placement that leaves VRAM unused is worth it only if that
-        gains something: latencies of so little are not known any better, and the budget was given to be used."""
-        unused = 1.0 - self._near_bytes(placement) / max(1, self.total)
-        return latency(self.ctx, placement, _UNUSED_SECONDS * unused, limit)
+        """The objective; above the limit something less."""
+        return latency(self.ctx, placement, self._unused_seconds(placement), limit)
+
+    def _unused_seconds(self, placement: Placement) -> float:
+        """A placement that leaves VRAM unused is worth it only if that gains something: latencies of so little are not
+        known any better, and the budget was given to be used."""
+        return _UNUSED_SECONDS * (1.0 - self._near_bytes(placement) / max(1, self.total))
 
     def _near_bytes(self, placement: Placement) -> float:
         table = placement.places[self.ctx.tiers[0].name]
@@ -330,8 +333,8 @@ class _Search:
         return score
 
     def settle(self, others: Sequence[Placement]) -> Placement | None:
-        """The best that is nowhere far behind any of the others, and by the objective not behind them at all; simply
-        the best where there is none."""
+        """The best that is nowhere far behind any of the others, by the objective not behind them at all, and has about
+        as much in VRAM; simply the best where there is none."""
         by_score = sorted(self.offered, key=operator.itemgetter(0))  # of worse ones at least that
         limit = _RIVAL * self.best_score
         rivals = {
@@ -345,19 +348,24 @@ class _Search:
             return self.best
         bar = min(rivals)
         theirs = zip(*map(self._times, rivals.values()), strict=True)
-        most = [_BEHIND * min(times) for times in theirs]
+        most = [max(_BEHIND * t, t + _UNUSED_SECONDS) for t in map(min, theirs)]
+        near = 0.9 * self._near_bytes(self.best) if self.best is not None else 0.0
         for score, placement in by_score:
             if score > bar:
                 break
-            near = all(map(operator.le, self._times(placement), most))
-            if near and self.score(placement) <= bar:
+            if (
+                self._near_bytes(placement) >= near
+                and all(map(operator.le, self._times(placement), most))
+                and self.score(placement) <= bar
+            ):
                 return placement
         return self.best
 
     def _times(self, placement: Placement) -> list[float]:
         """To the first token and for one behind it, of each length of prompt that counts."""
         runs = (self.ctx.simulate(placement, n) for n in prompt_lengths(self.ctx.n_ctx))
-        return [time for run in runs for time in (run.ttft_s, 1.0 / run.tps)]
+        more = self._unused_seconds(placement)
+        return [time for run in runs for time in (run.ttft_s, self.ctx.n_seq / run.tps + more)]
 
     def try_settings(self, settings: _Settings) -> float:
         key = settings.key
