@@ -63,7 +63,9 @@ from .shard_attn import ShardAttn
 from .static_attn import StaticAttn
 
 _OTHERS = (FullGpuNoOutput, StaticAttn, ShardAttn, FullShard, LayerSplit, ExpertsCpu)
-_MANY_UNITS = 8192  # so many are not also divided evenly: that alone would take a second
+# So many are not also divided evenly, and where long prompts are one op no smaller ones are tried: that would take half
+# of a second each.
+_MANY_UNITS = 8192
 _ALIGN = 256
 _SLOT_BYTES = 32 << 20
 _LEAST_SLOT = 256 << 10
@@ -436,7 +438,9 @@ class _Search:
         kinds = [found, self._window(found, longest)] if wide else [found]
         for kind in kinds:
             for size in ctx.sizes[: at + 1]:
-                self._widen(replace(kind, size=size), longest)
+                score = self._widen(replace(kind, size=size), longest)
+                if longest <= size and score < math.inf and len(ctx.units) > _MANY_UNITS:
+                    break
         for size in ctx.sizes[at + 1 : at + 2]:
             self.try_settings(replace(self.settings, size=size))
         if has_kv and (not wide or self.settings.kv_tok is not None or self.best is None):
@@ -454,15 +458,16 @@ class _Search:
         window = replace(settings, kv_tok=_WINDOW_TOK)
         return min((replace(window, far=far) for far in FAR_SIDES), key=token_seconds)
 
-    def _widen(self, settings: _Settings, longest: int) -> None:
-        """Larger rings, until that makes it worse. Where long prompts are several ops, in any case one that holds a
-        layer; where they are one op, no larger one."""
+    def _widen(self, settings: _Settings, longest: int) -> float:
+        """Larger rings, until that makes it worse; the last score that did not. Where long prompts are several ops, in
+        any case one that holds a layer; where they are one op, no larger one."""
         in_chunks, last = settings.size < longest, math.inf
         for ring in _RINGS if in_chunks or longest <= N_PROMPT else _RINGS[:1]:
             score = self.try_settings(replace(settings, ring=ring))
             if score > last and not (in_chunks and ring < 1.0):
                 break
             last = score
+        return last
 
     def choose_where(self) -> None:
         """Units of all layers alike, or those of some layers first."""
