@@ -285,14 +285,12 @@ class Roofline:
             return start + n_bytes / bus.rate if bus is not None else 0.0
         if op in _EXPERTS:  # as far-flung as what gathers read
             return max(start, gather.seconds(n_bytes))
-        # Smaller than any that was timed: an op that reads what others hand over.
         least, seconds = gather.least
+        if n_bytes >= least:
+            return gather.seconds(n_bytes)
+        # Smaller than any that was timed: an op that reads what others hand over.
         start = min(start, seconds)
-        return (
-            start + (seconds - start) * min(1.0, n_bytes / least)
-            if n_bytes < least
-            else gather.seconds(n_bytes)
-        )
+        return start + (seconds - start) * n_bytes / least
 
     def _contention(
         self, samples: Sequence[Sample], threads: int

@@ -140,7 +140,7 @@ class _Search:
     best: Placement | None = None
     best_score: float = float("inf")
     settings: _Settings = field(default_factory=lambda: _Settings({}))
-    offered: list[tuple[float, Placement]] = field(default_factory=list)  # with their scores
+    offered: list[tuple[float, Placement]] = field(default_factory=list)  # with what offer() said
     # By size of ops and KV: bytes beside residents and ring, of the last candidate that was alike in these.
     _beside: dict[tuple[int, int | None, FarSide], int] = field(default_factory=dict)
     _tried: dict[tuple[object, ...], float] = field(default_factory=dict)
@@ -323,7 +323,8 @@ class _Search:
         return sum(self._sizes)
 
     def offer(self, placement: Placement | None, settings: _Settings | None = None) -> float:
-        """Its score; infinite where there is none. The best so far is kept."""
+        """Its score, or something less where that is not the best; infinite where there is none. The best so far is
+        kept."""
         if placement is None:
             return math.inf
         score = self.score(placement, self.best_score)
@@ -334,26 +335,19 @@ class _Search:
                 self.settings = settings
         return score
 
-    def settle(self, others: Sequence[Placement]) -> Placement | None:
+    def settle(self, best: Placement, others: Sequence[tuple[float, Placement]]) -> Placement:
         """The best that is nowhere far behind any of the others, by the objective not behind them at all, and has about
-        as much in VRAM; simply the best where there is none."""
-        by_score = sorted(self.offered, key=operator.itemgetter(0))  # of worse ones at least that
+        as much in VRAM; simply the best where there is none. The others come with what offer() said."""
         limit = _RIVAL * self.best_score
-        rivals = {
-            score: placement
-            for least, placement in by_score
-            if least < limit
-            and any(placement is other for other in others)
-            and (score := self.score(placement)) < limit
-        }
+        rivals = [p for least, p in others if least < limit and self.score(p) < limit]
         if not rivals:
-            return self.best
-        bar = min(rivals)
-        theirs = zip(*map(self._times, rivals.values()), strict=True)
+            return best
+        bar = min(map(self.score, rivals))
+        theirs = zip(*map(self._times, rivals), strict=True)
         most = [max(_BEHIND * t, t + _UNUSED_SECONDS) for t in map(min, theirs)]
-        near = 0.9 * self._near_bytes(self.best) if self.best is not None else 0.0
-        for score, placement in by_score:
-            if score > bar:
+        near = 0.9 * self._near_bytes(best)
+        for least, placement in sorted(self.offered, key=operator.itemgetter(0)):
+            if least > bar:
                 break
             if (
                 self._near_bytes(placement) >= near
@@ -361,7 +355,7 @@ class _Search:
                 and self.score(placement) <= bar
             ):
                 return placement
-        return self.best
+        return best
 
     def _times(self, placement: Placement) -> list[float]:
         """To the first token and for one behind it, of each length of prompt that counts."""
@@ -502,14 +496,12 @@ class Auto:
             search.choose_split(replace(search.settings, share=share))
         else:
             search.choose_shares(replace(search.settings, share=share), ctx.tiers[:1])
-        others = list(self._others(ctx))
-        for placement in others:
-            search.offer(placement)
+        others = [(search.offer(placement), placement) for placement in self._others(ctx)]
         if search.best is None:
             search.offer(_all_cpu(ctx))
-        best = search.settle(others)
-        if best is None:
+        if search.best is None:
             raise BudgetError("no placement fits")
+        best = search.settle(search.best, others)
         return replace(best, why=_reasons(ctx, best))
 
     def _others(self, ctx: PolicyContext) -> Iterator[Placement]:
