@@ -285,12 +285,22 @@ void ps_emit_run(ps_emitter *e, ps_side side, int32_t unit, ps_op_kind op, const
     add_step(e, tick, ranges, n + n_extra);
 }
 
+/* Room for so many entries of tables in all. */
+static void reserve_tables(ps_emitter *e, uint64_t n)
+{
+    for (int side = 0; side < PS_SIDE_COUNT && e->status == PS_OK && !e->measure; side++)
+        grow(e, (void **)&e->ticks->table[side], &e->ticks->cap_table[side], n, sizeof(ps_dptr));
+}
+
+void ps_emit_expect_tables(ps_emitter *e, uint64_t n)
+{
+    reserve_tables(e, n / 2); /* grow() doubles */
+}
+
 uint32_t ps_emit_table(ps_emitter *e, uint32_t n)
 {
     uint32_t first = e->n_table;
-    for (int side = 0; side < PS_SIDE_COUNT && e->status == PS_OK && !e->measure; side++)
-        grow(e, (void **)&e->ticks->table[side], &e->ticks->cap_table[side], (uint64_t)first + n,
-            sizeof(ps_dptr));
+    reserve_tables(e, (uint64_t)first + n);
     e->n_table += n;
     e->ticks->n_table = e->n_table;
     return first;

@@ -186,6 +186,28 @@ static void lower_embed(lowering *l)
     }
 }
 
+static void lower_layer(lowering *l, uint32_t layer)
+{
+    const ps_layer *y = &l->model->layers[layer];
+    ps_lower_load_stages(l, (uint32_t)y->attn);
+    ps_lower_bring_layer(l, layer);
+    ps_lower_block(l, layer, (uint32_t)y->attn, ps_lower_attn);
+    l->embedded = false;
+    if (y->ffn >= 0)
+        ps_lower_block(l, layer, (uint32_t)y->ffn, lower_ffn);
+    else
+        ps_lower_moe(l, layer);
+}
+
+/* n layers that are alike: they share workspaces, and each has tables of its own. */
+static void measure_layers(lowering *l, uint32_t layer, uint32_t n)
+{
+    const ps_ticks *t = ps_emitter_ticks(l->e);
+    uint32_t before = t->n_table;
+    lower_layer(l, layer);
+    ps_emit_table(l->e, (n - 1) * (t->n_table - before));
+}
+
 static void lower_pass(lowering *l)
 {
     const ps_model *m = l->model;
@@ -196,14 +218,10 @@ static void lower_pass(lowering *l)
     lower_embed(l);
     l->embedded = true;
     for (uint32_t layer = 0; layer < l->hp->n_layer; layer++) {
-        ps_lower_load_stages(l, (uint32_t)m->layers[layer].attn);
-        ps_lower_bring_layer(l, layer);
-        ps_lower_block(l, layer, (uint32_t)m->layers[layer].attn, ps_lower_attn);
-        l->embedded = false;
-        if (m->layers[layer].ffn >= 0)
-            ps_lower_block(l, layer, (uint32_t)m->layers[layer].ffn, lower_ffn);
-        else
-            ps_lower_moe(l, layer);
+        if (l->stands_for == NULL)
+            lower_layer(l, layer);
+        else if (l->stands_for[layer] > 0)
+            measure_layers(l, layer, l->stands_for[layer]);
     }
     /* Also where no logits are wanted: from then on all residents count as there. */
     if (m->head != m->embed) ps_lower_bring(l, (uint32_t)m->head);
@@ -231,8 +249,8 @@ void ps_batch_lay_out(const ps_plan *plan, const ps_pass_shape *shape, ps_batch_
     b->n_bytes = at;
 }
 
-static ps_status lower(
-    const ps_plan *plan, const ps_pass_shape *shape, bool measures, ps_emitter *e, ps_err *err)
+static ps_status lower(const ps_plan *plan, const ps_pass_shape *shape, bool measures,
+    const uint32_t *stands_for, ps_emitter *e, ps_err *err)
 {
     ps_ticks *t = ps_emitter_ticks(e);
     ps_batch_lay_out(plan, shape, &t->batch);
@@ -242,6 +260,7 @@ static ps_status lower(
         .e = e,
         .maps_experts = ps_pass_maps_experts(plan, shape),
         .measures = measures,
+        .stands_for = stands_for,
         .shape = *shape,
         .batch = &t->batch,
         .n_chunks = (shape->n_tok + plan->spec.chunk_tok - 1) / plan->spec.chunk_tok};
@@ -273,18 +292,18 @@ ps_status ps_lower(const ps_plan *plan, const ps_pass_shape *shape, ps_ticks **o
         err);
     ps_emitter *e = NULL;
     ps_status status = ps_emitter_create(plan, shape, false, &e, err);
-    if (status == PS_OK) status = lower(plan, shape, false, e, err);
+    if (status == PS_OK) status = lower(plan, shape, false, NULL, e, err);
     if (status == PS_OK) status = ps_emitter_finish(e, out, err);
     ps_emitter_destroy(e);
     return status;
 }
 
-ps_status ps_lower_measure(const ps_plan *plan, const ps_pass_shape *shape, uint64_t *ws_bytes,
-    uint32_t *n_table, ps_err *err)
+ps_status ps_lower_measure(const ps_plan *plan, const ps_pass_shape *shape,
+    const uint32_t *stands_for, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
 {
     ps_emitter *e = NULL;
     ps_status status = ps_emitter_create(plan, shape, true, &e, err);
-    if (status == PS_OK) status = lower(plan, shape, true, e, err);
+    if (status == PS_OK) status = lower(plan, shape, true, stands_for, e, err);
     if (status == PS_OK) {
         *ws_bytes = ps_emitter_ticks(e)->max_ws_bytes;
         *n_table = ps_emitter_ticks(e)->n_table;

@@ -21,8 +21,9 @@ typedef struct lowering {
     const ps_model *model;
     const ps_hparams *hp;
     ps_emitter *e;
-    bool maps_experts; /* ps_pass_maps_experts() of this pass */
-    bool measures;     /* only sizes are wanted: neither ticks nor tables are kept */
+    bool maps_experts;          /* ps_pass_maps_experts() of this pass */
+    bool measures;              /* only sizes are wanted: neither ticks nor tables are kept */
+    const uint32_t *stands_for; /* [n_layer] see ps_plan_find_alike(); NULL: each for itself */
     ps_pass_shape shape;
     const ps_batch_layout *batch;
     uint32_t n_chunks;

@@ -9,6 +9,7 @@
 
 #include "engine/ps_cut.h"
 #include "engine/ps_locked.h"
+#include "engine/ps_measure.h"
 #include "engine/ps_ticks.h"
 
 const char *ps_space_name(ps_space space)
@@ -440,71 +441,6 @@ static uint64_t lay_out_buffers(ps_plan *p)
     return end;
 }
 
-static ps_status measure_shape(const ps_plan *p, const ps_pass_shape *shape, uint64_t *ws_bytes,
-    uint32_t *n_table, ps_err *err)
-{
-    uint64_t ws = 0;
-    uint32_t table = 0;
-    PS_TRY(ps_lower_measure(p, shape, &ws, &table, err));
-    *ws_bytes = ps_max_u64(*ws_bytes, ws);
-    if (p->n_windows > 0) { /* attention in two parts and in one want different amounts */
-        ps_pass_shape far = *shape;
-        far.far = UINT32_MAX;
-        PS_TRY(ps_lower_measure(p, &far, &ws, &table, err));
-        *ws_bytes = ps_max_u64(*ws_bytes, ws);
-    }
-    if (table > *n_table) *n_table = table;
-    return PS_OK;
-}
-
-/* Whether streamed experts can be read where they lie shows only when their memory gets locked, so
- * there must be room for loading them as well. */
-static ps_status measure_at(
-    const ps_plan *p, uint32_t tier, uint32_t n, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
-{
-    ps_pass_shape shape = {
-        .tier = tier, .n_tok = n, .n_out = n, .max_kv = p->max_pages * PS_KV_PAGE_TOK};
-    PS_TRY(measure_shape(p, &shape, ws_bytes, n_table, err));
-    if (!ps_pass_maps_experts(p, &shape)) return PS_OK;
-    bool *none = ps_alloc(p->model->n_units, sizeof *none);
-    if (none == NULL) return ps_fail(err, PS_ENOMEM, "no host memory to measure a plan");
-    shape.mapped = none;
-    ps_status status = measure_shape(p, &shape, ws_bytes, n_table, err);
-    ps_free(none);
-    return status;
-}
-
-static bool same_places(const ps_plan *p, uint32_t a, uint32_t b)
-{
-    size_t n = p->model->n_units;
-    return memcmp(p->places + a * n, p->places + b * n, n * sizeof *p->places) == 0;
-}
-
-/* The most that any pass wants, in every tier: what workspaces and tables there are depends on the
- * places. Workspaces grow with tokens but change algorithm at small counts, so ask at every power
- * of two, up to where one op gets no more (a chunk, or rows of logits) and all experts travel. */
-static ps_status measure(const ps_plan *p, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err)
-{
-    const ps_plan_spec *s = &p->spec;
-    uint32_t most = s->logit_rows > s->chunk_tok ? s->logit_rows : s->chunk_tok;
-    if (most < p->model->hp.n_expert) most = p->model->hp.n_expert;
-    *ws_bytes = 0;
-    *n_table = 0;
-    for (uint32_t t = 0, low = 1; t < s->n_tiers && low <= s->pass_tok; t++) {
-        while (t + 1 < s->n_tiers && same_places(p, t, t + 1)) t++; /* as one tier */
-        uint32_t high = p->tiers[t].max_tok < s->pass_tok ? p->tiers[t].max_tok : s->pass_tok,
-                 end = high < most ? high : most;
-        for (uint32_t n = 1; n <= end; n = n < end && n > end / 2 ? end : n * 2)
-            /* Behind whole chunks comes one of any size. */
-            if (n >= low || high > s->chunk_tok)
-                PS_TRY(measure_at(p, t, n, ws_bytes, n_table, err));
-        /* The longest pass of one chunk: longer ones may need fewer groups of experts. */
-        if (s->chunk_tok < end) PS_TRY(measure_at(p, t, s->chunk_tok, ws_bytes, n_table, err));
-        low = high + 1;
-    }
-    return PS_OK;
-}
-
 static bool streams(const ps_plan *p)
 {
     for (uint64_t i = 0; i < (uint64_t)p->spec.n_tiers * p->model->n_units; i++)
@@ -555,7 +491,7 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
     if (streams(p)) bytes[PS_SPACE_DEV_RING] = p->spec.n_slots * p->spec.slot_bytes;
     PS_TRY(lay_out_kv(p, err));
     size_buffers(p);
-    PS_TRY(measure(p, &p->buf_bytes[PS_BUF_WS], &n_table, err));
+    PS_TRY(ps_plan_measure(p, &p->buf_bytes[PS_BUF_WS], &n_table, err));
     uint64_t act = lay_out_buffers(p);
     if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_ACT] = act;
     bytes[PS_SPACE_HOST_ACT] = host_act_bytes(p, act);

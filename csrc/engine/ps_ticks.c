@@ -71,15 +71,15 @@ typedef struct expert_count {
 static expert_count count_in_table(
     const ps_ticks *t, ps_side side, ps_dptr table, uint32_t n_expert)
 {
-    expert_count n = {0};
-    if (table.a == 0) return n;
+    if (table.a == 0) return (expert_count){0};
     uint64_t first = (ps_ref_offset(table) - t->plan->tables_offset) / sizeof(ps_dptr);
+    uint32_t n_here = 0, n_mapped = 0;
     for (uint64_t j = first; j < first + n_expert && j < t->n_table; j++) {
         ps_dptr p = t->table[side][j];
-        if (p.a != 0) n.here++;
-        if (ps_ref_space(p) == PS_SPACE_HOST_WEIGHTS_DEV) n.mapped++;
+        n_here += p.a != 0;
+        n_mapped += ps_ref_space(p) == PS_SPACE_HOST_WEIGHTS_DEV;
     }
-    return n;
+    return (expert_count){.here = n_here, .mapped = n_mapped};
 }
 
 /* That any of n_some of a layer's experts is among those that a token is routed to, or any of so

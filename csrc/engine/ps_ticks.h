@@ -124,9 +124,9 @@ ps_status ps_lower(const ps_plan *plan, const ps_pass_shape *shape, ps_ticks **o
 void ps_ticks_destroy(ps_ticks *ticks); /* NULL allowed */
 
 /* Workspace and table sizes that passes of this shape want, for a plan whose memory is not laid out
- * yet. */
-ps_status ps_lower_measure(const ps_plan *plan, const ps_pass_shape *shape, uint64_t *ws_bytes,
-    uint32_t *n_table, ps_err *err);
+ * yet. stands_for: see ps_plan_find_alike(); NULL: each layer for itself. */
+ps_status ps_lower_measure(const ps_plan *plan, const ps_pass_shape *shape,
+    const uint32_t *stands_for, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err);
 
 /* Proves by vector clocks over the enqueue order that every read comes after the write it needs and
  * every write after the last readers and writers of what it overwrites, that waits have something
@@ -169,6 +169,8 @@ void ps_emit_run(ps_emitter *e, ps_side side, int32_t unit, ps_op_kind op, const
     const ps_range *extra, uint32_t n_extra);
 /* Reserves n entries in both sides' tables and returns the first; entries start as null. */
 uint32_t ps_emit_table(ps_emitter *e, uint32_t n);
+/* How many entries all tables of the pass will have, about: where experts are many, megabytes. */
+void ps_emit_expect_tables(ps_emitter *e, uint64_t n);
 void ps_emit_table_set(ps_emitter *e, ps_side side, uint32_t i, ps_dptr ref);
 ps_status ps_emitter_status(const ps_emitter *e);
 

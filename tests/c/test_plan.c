@@ -3,6 +3,7 @@
 
 #include <math.h>
 
+#include "engine/ps_measure.h"
 #include "engine/ps_ticks.h"
 
 typedef struct fixture {
@@ -153,8 +154,37 @@ static void check_shape(const ps_plan *plan, ps_pass_shape shape)
     }
 }
 
+/* How many layers stand for others, of which a pass of any kind wants as much as if each were
+ * looked at by itself. */
+static uint32_t check_alike(const ps_plan *plan)
+{
+    static const uint32_t sizes[] = {1, 2, 7, 40, 48};
+    uint32_t stands_for[64], n = 0;
+    bool *none = ps_alloc(plan->model->n_units, sizeof *none);
+    for (uint32_t i = 0; i < 5 * 2 * 2; i++) {
+        ps_pass_shape shape = {.n_tok = sizes[i / 4], .n_out = 1, .max_kv = 256};
+        shape.tier = ps_plan_tier(plan, shape.n_tok);
+        shape.far = i % 2 == 0 ? 0 : UINT32_MAX;
+        shape.mapped = i / 2 % 2 == 0 ? NULL : none;
+        uint64_t ws = 0, ws_of_all = 0;
+        uint32_t table = 0, table_of_all = 0;
+        ps_err err = {0};
+        PS_CHECK_STATUS(ps_plan_find_alike(plan, shape.tier, stands_for, &err), PS_OK);
+        PS_CHECK_STATUS(ps_lower_measure(plan, &shape, stands_for, &ws, &table, &err), PS_OK);
+        PS_CHECK_STATUS(
+            ps_lower_measure(plan, &shape, NULL, &ws_of_all, &table_of_all, &err), PS_OK);
+        PS_CHECK_EQ(ws, ws_of_all);
+        PS_CHECK_EQ(table, table_of_all);
+        for (uint32_t layer = 0; layer < plan->model->hp.n_layer; layer++)
+            n += stands_for[layer] > 1;
+    }
+    ps_free(none);
+    return n;
+}
+
 PS_TEST(every_architecture_lowers_and_checks)
 {
+    uint32_t n_alike = 0;
     for (int i = 0; i < N_MODELS; i++)
         for (int pattern = 0; pattern < N_PATTERNS; pattern++) {
             fixture f;
@@ -180,10 +210,12 @@ PS_TEST(every_architecture_lowers_and_checks)
                     .first = 70}};
             for (size_t j = 0; plan != NULL && j < sizeof shapes / sizeof *shapes; j++)
                 if (!shapes[j].staged || plan->kv_backed) check_shape(plan, shapes[j]);
+            if (plan != NULL) n_alike += check_alike(plan);
             ps_plan_destroy(plan);
             close_fixture(&f);
         }
     ps_test_case("%s", "");
+    PS_CHECK(n_alike > 1000);
 }
 
 /* The list without each of its RECORDs, WAITs and flags in turn; how many there are, by kind. */
