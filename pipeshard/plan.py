@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -212,9 +212,10 @@ class Plan:
 
     def _place_table(self) -> list[str]:
         lines = []
+        names = [_Name.of(name) for name in next(iter(self.places.values()))]
         for tiers, units in _same_tiers(self.places):
             lines.append(f"places for {', '.join(tiers)}:")
-            groups = _groups(units, self.placement.why)
+            groups = _groups(names, units, self.placement.why)
             width = max((len(names) for names, _, _ in groups), default=0)
             lines += [
                 f"  {names:<{width}}  {place}{'  ' + why if why else ''}"
@@ -281,9 +282,11 @@ def _look_up_known(
         (_SPLIT, p.vram, p.stream) if isinstance(p, Split) else (_KINDS[p], 0.0, 0.0)
         for p in places
     ]
-    table = np.array(rows, np.float32)
-    kinds[:], shares[:] = table[which, 0], table[which, 1:]
-    return any(kind == _SPLIT for kind, _, _ in rows)
+    np.take(np.array([row[0] for row in rows], np.uint8), which, out=kinds)
+    any_split = any(kind == _SPLIT for kind, _, _ in rows)
+    if any_split:
+        np.take(np.array([row[1:] for row in rows], np.float32), which, axis=0, out=shares)
+    return any_split
 
 
 def _look_up(
@@ -550,20 +553,40 @@ def _place_text(place: Place) -> str:
     return f"split: vram {place.vram:.0%}, stream {place.stream:.0%}, cpu {rest:.0%}"
 
 
-def _groups(units: Mapping[str, Place], why: Mapping[str, str]) -> list[tuple[str, str, str]]:
+class _Name(NamedTuple):
+    """A unit's name, taken apart: "blk.3.expert.17"."""
+
+    whole: str
+    layer: int = -1
+    part: str = ""
+    expert: int = -1
+
+    @classmethod
+    def of(cls, name: str) -> _Name:
+        parts = name.split(".")
+        if len(parts) in (3, 4) and parts[1].isdigit() and (len(parts) == 3 or parts[3].isdigit()):
+            return cls(name, int(parts[1]), parts[2], int(parts[3]) if len(parts) == 4 else -1)
+        return cls(name)
+
+
+def _groups(
+    names: Sequence[_Name], units: Mapping[str, Place], why: Mapping[str, str]
+) -> list[tuple[str, str, str]]:
     """(names, place, reason): units of one part and place share a line, in the order of the model. Where every layer
     has other experts in a place, the line says how many."""
     lines: dict[tuple[str, str, str], list[int]] = {}  # part, place and reason to its layers
     experts: dict[tuple[str, str], dict[int, list[int]]] = {}  # place and reason to layers' experts
-    for name, place in units.items():
-        parts, text, reason = name.split("."), _place_text(place), why.get(name, "")
-        if len(parts) == 4 and parts[1].isdigit() and parts[3].isdigit():
-            there = experts.setdefault((text, reason), {}).setdefault(int(parts[1]), [])
-            there.append(int(parts[3]))
-        elif len(parts) == 3 and parts[1].isdigit():
-            lines.setdefault((parts[2], text, reason), []).append(int(parts[1]))
+    # Thousands of units have few places and reasons, of which each is one object mostly.
+    places = {id(place): place for place in units.values()}
+    texts = {key: _place_text(place) for key, place in places.items()}
+    for name in names:
+        text, reason = texts[id(units[name.whole])], why.get(name.whole, "")
+        if name.expert >= 0:
+            experts.setdefault((text, reason), {}).setdefault(name.layer, []).append(name.expert)
+        elif name.layer >= 0:
+            lines.setdefault((name.part, text, reason), []).append(name.layer)
         else:
-            lines[name, text, reason] = []
+            lines[name.whole, text, reason] = []
     for (text, reason), layers in experts.items():
         ranges = {layer: _ranges(numbers) for layer, numbers in layers.items()}
         if len(set(ranges.values())) <= _MOST_RANGES:

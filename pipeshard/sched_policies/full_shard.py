@@ -8,6 +8,8 @@ Threads: pure.
 
 from __future__ import annotations
 
+from functools import cache
+
 from . import register
 from .base import Placement, PolicyContext, lump_bytes, most, place_units, same_in_all
 
@@ -18,9 +20,11 @@ class FullShard:
 
     def place(self, ctx: PolicyContext) -> Placement:
         layers = ctx.layers
+        slots = [lump_bytes(layer.attn, layer.ffn) for layer in layers]
 
+        @cache
         def sharded(n: int) -> Placement:
-            slot = lump_bytes(*(part for layer in layers[n:] for part in (layer.attn, layer.ffn)))
+            slot = max(slots[n:], default=0)
             places = place_units(
                 ctx,
                 vram=(unit for layer in layers[:n] for unit in layer.units),

@@ -8,6 +8,8 @@ Threads: pure.
 
 from __future__ import annotations
 
+from functools import cache
+
 from . import register
 from .base import (
     GPU_TOK,
@@ -31,7 +33,9 @@ class LayerSplit:
 
     def place(self, ctx: PolicyContext) -> Placement:
         layers, n_layer = ctx.layers, len(ctx.layers)
+        slots = [lump_bytes(layer.attn, layer.ffn) for layer in layers]
 
+        @cache
         def split(n: int, with_head: bool = False) -> Placement:
             far, near = layers[: n_layer - n], layers[n_layer - n :]
             resident = [unit for layer in near for unit in layer.units]
@@ -41,7 +45,7 @@ class LayerSplit:
             large = place_units(
                 ctx, vram=resident, stream=(unit for layer in far for unit in layer.units)
             )
-            slot = lump_bytes(*(part for layer in far for part in (layer.attn, layer.ffn)))
+            slot = max(slots[: n_layer - n], default=0)
             return Placement(
                 places={tier.name: large if is_large(tier) else small for tier in ctx.tiers},
                 n_slots=1 if slot else 0,

@@ -6,6 +6,8 @@ Threads: pure.
 
 from __future__ import annotations
 
+from functools import cache
+
 from . import register
 from .base import Placement, PolicyContext, Unit, most, place_units, same_in_all
 
@@ -23,15 +25,16 @@ class StaticAttn:
     name = "static_attn"
 
     def place(self, ctx: PolicyContext) -> Placement:
-        def resident(units: list[Unit]) -> Placement:
+        @cache
+        def resident(n: int, m: int = 0, with_head: bool = False) -> Placement:
+            head = ctx.head if with_head else ()
+            units = [*attn_of(ctx, n), *ffn_of(ctx, m), *head]
             return same_in_all(ctx, place_units(ctx, vram=units))
 
         n_layer = len(ctx.layers)
-        n = most(ctx, n_layer, lambda n: resident(attn_of(ctx, n)))
-        taken = attn_of(ctx, n)
+        n = most(ctx, n_layer, resident)
         if n < n_layer:
-            return resident(taken)
-        if ctx.has_experts and ctx.fits(resident([*taken, *ctx.head])):
-            taken += ctx.head
-        m = most(ctx, n_layer, lambda m: resident(taken + ffn_of(ctx, m)))
-        return resident(taken + ffn_of(ctx, m))
+            return resident(n)
+        with_head = ctx.has_experts and ctx.fits(resident(n, 0, True))
+        m = most(ctx, n_layer, lambda m: resident(n, m, with_head))
+        return resident(n, m, with_head)
