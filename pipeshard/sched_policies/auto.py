@@ -8,19 +8,18 @@ then feed-forward and head, then experts, of which a token needs few; the token 
 read. The rest is shared by the bus and the CPU, which both work at once: of each class of passes a share of the
 remaining units streams, spread evenly over the layers, and the CPU computes the others meanwhile; of experts that is so
 within each layer, where few tokens pass by what is routed, and without experts feed-forwards and head may be split by
-rows instead. Which share follows from how
-long both sides take for a byte at that many tokens; that share, parts of it, none and all are simulated for every
-class, so where streaming begins to pay is the cost model's to say.
+rows instead. Which share follows from how long both sides take for a byte at that many tokens; that share, parts of it,
+none and all are simulated for every class, so where streaming begins to pay is the cost model's to say.
 
 Then comes what takes VRAM from weights: the ring, larger ops and KV. They are tried together, for one by one they get
 stuck: a prompt of several ops streams once only through a ring that holds a layer, one op that is large enough makes
 that needless, and a window of KV finds the room for either. Who attends to the keys beyond a window, the GPU over the
-bus or the CPU, is tried of the first one and kept. Then experts spread over all layers or whole layers of
-them; without experts, whole layers instead of all layers' attention. Last come the placements of the policies to
-compare with, so that by prediction `auto` is never worse than any of them. By the objective, that is: somebody who
-looks at first or at later tokens alone would still find one that is quicker there. So of all that was tried the best is
-taken that is nowhere far behind any of theirs, if there is one. The CPU gets everything only where no other placement
-fits.
+bus or the CPU, is tried of the first one and kept. Then experts spread over all layers, or where most of them fit, over
+a few, evenly spaced: the layers between have no hand-offs, and their compute hides what travels. Without experts, whole
+layers instead of all layers' attention. Last come the placements of the policies to compare with, so that by prediction
+`auto` is never worse than any of them. By the objective, that is: somebody who looks at first or at later tokens alone
+would still find one that is quicker there. So of all that was tried the best is taken that is nowhere far behind any of
+theirs, if there is one. The CPU gets everything only where no other placement fits.
 
 Threads: pure.
 """
@@ -71,6 +70,11 @@ _SLOT_BYTES = 32 << 20
 _LEAST_SLOT = 256 << 10
 _UNUSED_SECONDS = 200e-6  # a token, that an empty VRAM counts as
 _RINGS = (0.5, 1.25, 2.25, 3.25)  # a part of a layer; one, two and three whole, and something more
+_AWAY = (
+    0.125,
+    0.25,
+    0.5,
+)  # of a layer's experts, the parts tried that are not resident where other layers' all are
 _PARTS = (1.0, 0.85, 0.7, 0.5, 0.25)  # of the share that streams by the balance of both sides alone
 _FEW_TOK = 8  # passes of at most so many have one share of what is split
 _WINDOW_TOK = N_PROMPT + 2 * N_GEN  # of KV: a usual prompt, its answer and some more
@@ -86,7 +90,8 @@ _SNAP = 0.06  # a share this near to none or all of it is that
 class _Settings:
     """What a candidate is made from. share: of what is not resident, what streams, by tier; ring: in units of the
     largest part of a layer that streams; kv_tok: newest tokens of a sequence whose KV is in VRAM (None: all); far: who
-    attends to the others; spread: experts of all layers alike rather than layer by layer; whole: the last layers wholly
+    attends to the others; spread: of a layer's experts, the part that is away before other layers' are as well, evenly
+    spaced, 0.0 being those of all layers alike (None: of the last layers all); whole: the last layers wholly
     rather than attention of all, which saves hand-offs; split: the share is of each feed-forward's rows rather than of
     the feed-forwards."""
 
@@ -95,7 +100,7 @@ class _Settings:
     size: int = 0
     kv_tok: int | None = None
     far: FarSide = "gpu"
-    spread: bool = False
+    spread: float | None = None
     whole: bool = False
     split: bool = False
 
@@ -144,6 +149,9 @@ class _Search:
     # By size of ops and KV: bytes beside residents and ring, of the last candidate that was alike in these.
     _beside: dict[tuple[int, int | None, FarSide], int] = field(default_factory=dict)
     _tried: dict[tuple[object, ...], float] = field(default_factory=dict)
+    _built: dict[tuple[object, ...], tuple[Placement | None, list[int]]] = field(
+        default_factory=dict
+    )
     _places: dict[tuple[object, ...], tuple[Mapping[str, Place], int, int]] = field(
         default_factory=dict
     )
@@ -192,19 +200,27 @@ class _Search:
         for i in by_value:
             group = self.groups[i]
             each = self.resident_bytes(group, settings)
-            if group.kind == "expert" and settings.spread:
+            if group.kind == "expert" and settings.spread is not None:
                 if i == experts[0]:
-                    room -= self._spread(room, counts, experts)
+                    room -= self._spread(room, counts, sorted(experts), settings.spread)
                 continue
             counts[i] = min(group.n, room // each if each else group.n)
             room -= counts[i] * each
         return counts
 
-    def _spread(self, room: int, counts: list[int], experts: list[int]) -> int:
-        """Level by level; returns the bytes that this took."""
+    def _spread(self, room: int, counts: list[int], experts: list[int], part: float) -> int:
+        """Those of some layers level by level, those of the others all; returns the bytes that this took."""
+        groups = [self.groups[i] for i in experts]
+        short = sum(group.n * group.n_bytes for group in groups) - room
+        each = part * max(group.n * group.n_bytes for group in groups)
+        n_short = min(len(experts), math.ceil(short / each)) if each > 0 else len(experts)
+        some = [experts[(i + 1) * len(experts) // n_short - 1] for i in range(max(0, n_short))]
         used = 0
-        for level in range(max(self.groups[i].n for i in experts)):
-            for i in experts:
+        for i in set(experts).difference(some):
+            counts[i] = self.groups[i].n
+            used += counts[i] * self.groups[i].n_bytes
+        for level in range(max(group.n for group in groups)):
+            for i in some:
                 group = self.groups[i]
                 if counts[i] <= level < group.n and used + group.n_bytes <= room:
                     counts[i] += 1
@@ -268,6 +284,13 @@ class _Search:
         return self.build_counts(settings)[0]
 
     def build_counts(self, settings: _Settings) -> tuple[Placement | None, list[int]]:
+        """The same with how many units of each group are resident."""
+        key = settings.key
+        if key not in self._built:
+            self._built[key] = self._build(settings)
+        return self._built[key]
+
+    def _build(self, settings: _Settings) -> tuple[Placement | None, list[int]]:
         budget = self.ctx.budget_bytes
         nothing = [0] * len(self.groups)
         empty = self.placement(nothing, settings)
@@ -466,9 +489,23 @@ class _Search:
     def choose_where(self) -> None:
         """Units of all layers alike, or those of some layers first."""
         if self.ctx.has_experts:
-            self.try_settings(replace(self.settings, spread=True))
+            self.try_settings(replace(self.settings, spread=0.0))
+            # With a ring for all of what is away in a layer: it fills while the layers between are computed.
+            for part in _AWAY:
+                if part > self._away():
+                    self.try_settings(replace(self.settings, spread=part, ring=_RINGS[1]))
         else:
             self.try_settings(replace(self.settings, whole=True))
+
+    def _away(self) -> float:
+        """The part of all experts that is not resident in the best so far."""
+        counts = self.build_counts(self.settings)[1]
+        experts = [
+            (group.n, n)
+            for group, n in zip(self.groups, counts, strict=True)
+            if group.kind == "expert"
+        ]
+        return 1.0 - sum(n for _, n in experts) / sum(n for n, _ in experts)
 
 
 @register
@@ -672,14 +709,14 @@ def _all_cpu(ctx: PolicyContext) -> Placement | None:
 def _reasons(ctx: PolicyContext, placement: Placement) -> dict[str, str]:
     """Of each unit, where the others of its kind went and why."""
     why: dict[str, str] = {}
-    names: dict[tuple[str, ...], str] = {}
+    reasons: dict[tuple[object, ...], str] = {}  # by kind and the places that there are
     tables = [placement.places[tier.name] for tier in ctx.tiers]
     for unit in ctx.units:
-        places = tuple(str(table[unit.name]) for table in tables)
-        key = (unit.kind, *places)
-        if key not in names:
-            names[key] = _reason(ctx, unit, places)
-        why[unit.name] = names[key]
+        places = [table[unit.name] for table in tables]
+        key = (unit.kind, *map(id, places))
+        if key not in reasons:
+            reasons[key] = _reason(ctx, unit, tuple(map(str, places)))
+        why[unit.name] = reasons[key]
     return why
 
 

@@ -258,6 +258,23 @@ def test_auto_knows_who_attends_quicker_to_what_is_far(hollow: Any) -> None:
     assert chosen == ["cpu", "gpu"]
 
 
+def test_auto_keeps_what_is_missing_in_few_layers(hollow: Any) -> None:
+    """Where nearly all experts fit, a few layers miss some, apart from each other: most need no hand-off, and what
+    streams travels while they compute. Every layer alike is as quick to the first token and slower behind it."""
+    model, runs = hollow("Qwen3-30B-A3B"), {}
+    for policy in ("auto", "even_split"):
+        runs[policy] = ps.simulate(
+            model, vram="16GiB", profile="h200-16-cpus.json", policy=policy, threads=14
+        )
+    places = runs["auto"].plan.places["decode"]
+    missing = {u.layer for u in model.units if u.kind == "expert" and places[u.name] != "vram"}
+    assert 1 < len(missing) < 16
+    apart = [b - a for a, b in itertools.pairwise(sorted(missing))]
+    assert max(apart) - min(apart) <= 1 < min(apart)
+    assert runs["auto"].ttft_s < 1.02 * runs["even_split"].ttft_s
+    assert runs["auto"].tps > 1.03 * runs["even_split"].tps
+
+
 def test_opening_a_tiny_model_stays_quick(llama: str) -> None:
     model = ps.Model(llama)
     ps.Engine(model, device="emu", n_ctx=256, vram="700KiB").close()
