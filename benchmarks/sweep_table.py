@@ -1,5 +1,5 @@
-"""A sweep's rows as a table: of each cell policy auto, the best of the other policies, what was predicted, and the best
-that other programs reached on the same machine, tuned by hand.
+"""A sweep's rows as a table: of each cell policy auto with its least and most, the best of the other policies, what was
+predicted, and the best that other programs reached on the same machine, tuned by hand.
 
     python benchmarks/sweep_table.py [--commit ID] sweep.csv ...
 """
@@ -46,17 +46,18 @@ def main() -> None:
         key = (row["model"], int(row["n_prompt"]), int(row["vram_bytes"] or 0))
         cells.setdefault(key, []).append(row)
     for key in sorted(cells):
-        lines.append(describe(key, cells[key], errors, behind))
+        lines.append(describe(key, merged(cells[key]), errors, behind))
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
     for line in lines:
         print(
             "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         )
-    for row in rows:
-        if row["error"]:
-            print(
-                f"{row['model']} {row['n_prompt']} {row['vram_bytes']} {row['policy']}: {row['error'][:110]}"
-            )
+    failed = {
+        f"{row['model']} {row['n_prompt']} {row['vram_bytes']} {row['policy']}: {row['error'][:60]}"
+        for row in rows
+        if row["error"]
+    }
+    print(*sorted(failed), sep="\n")
     if behind:
         print(
             f"\nauto against the best other, worst of TTFT and TPS a cell: {max(behind):.3f}x at worst"
@@ -70,6 +71,24 @@ def main() -> None:
 
 def number(row: dict[str, str], name: str) -> float | None:
     return float(row[name]) if row.get(name) else None
+
+
+def merged(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """One row a policy: medians of several rounds, least and most of all of them."""
+    found = []
+    for policy in dict.fromkeys(row["policy"] for row in rows):
+        same = [row for row in rows if row["policy"] == policy and not row["error"]]
+        if not same:
+            continue
+        one = dict(same[0])
+        for name, pick in (
+            ("ttft_s", statistics.median), ("ttft_lo", min), ("ttft_hi", max), ("predicted_ttft_s", statistics.median),
+            ("tps", statistics.median), ("tps_lo", min), ("tps_hi", max), ("predicted_tps", statistics.median),
+        ):  # fmt: skip
+            values = [v for row in same if (v := number(row, name)) is not None]
+            one[name] = str(pick(values)) if values else ""
+        found.append(one)
+    return found
 
 
 def describe(
@@ -99,8 +118,12 @@ def describe(
         best = pick(((v, r["policy"]) for r in others if (v := number(r, name))), default=None)
         if mine and best:
             behind.append(mine / best[0] if lower_is_better else best[0] / mine)
+        low, high = (
+            number(auto, name.removesuffix("_s") + end) if auto else None for end in ("_lo", "_hi")
+        )
+        spread = f" ({low * scale:.1f}-{high * scale:.1f})" if low and high else ""
         return (
-            f"{mine * scale:.1f}" if mine else "-",
+            f"{mine * scale:.1f}{spread}" if mine else "-",
             f"{best[0] * scale:.1f} {best[1]}" if best else "-",
             f"{said * scale:.1f}" if said else "-",
         )

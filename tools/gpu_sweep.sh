@@ -5,6 +5,8 @@
 #
 #   tools/gpu_sweep.sh [FOLDER]      models go to FOLDER (default: a temporary one; 35 GB)
 #   BUDGETS, PROMPTS, POLICIES, REPEATS, GEN, CELL_S, MODELS: what to measure
+#   ROUNDS: how often, one after another with engines opened anew, for a host whose CPUs come and go; AGAIN: policies of
+#   the rounds behind the first, those that come near each other
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -20,8 +22,12 @@ for model in ${MODELS:-Qwen3-30B-A3B:q4_0 Minitron-8B:f16}; do
     file=$folder/$name.$type.gguf
     [ -f "$file" ] || "$python" -m pipeshard synth "$name" "$file" --type "$type" --quiet
     "$python" -m pipeshard profile "$file" --device cuda -o "$out/profile_${gpu}_$name.json"
-    "$python" -m pipeshard sweep "$file" --device cuda --vram "${BUDGETS:-2GiB,4GiB,8GiB,16GiB}" \
-        -p "${PROMPTS:-1024,4096}" --policy "${POLICIES:-all}" -r "${REPEATS:-3}" -n "${GEN:-24}" \
-        --cell-s "${CELL_S:-12}" -o "$out/sweep_${gpu}_$name.csv"
+    policies=${POLICIES:-all}
+    for round in $(seq "${ROUNDS:-1}"); do
+        "$python" -m pipeshard sweep "$file" --device cuda --vram "${BUDGETS:-2GiB,4GiB,8GiB,16GiB}" \
+            -p "${PROMPTS:-1024,4096}" --policy "$policies" -r "${REPEATS:-3}" -n "${GEN:-24}" \
+            --cell-s "${CELL_S:-12}" -o "$out/sweep_${gpu}_$name.$round.csv"
+        policies=${AGAIN:-$policies}
+    done
 done
 "$python" benchmarks/sweep_table.py --commit "$commit" "$out"/sweep_"$gpu"_*.csv | tee "$out/sweep_$gpu.txt"

@@ -67,13 +67,11 @@ static bool same_layer(
         !same_unit(p, tier, x->attn, y->attn) || !same_unit(p, tier, x->ffn, y->ffn) ||
         !same_unit(p, tier, x->router, y->router))
         return false;
-    return x->first_expert < 0 ||
-           same_weights(p->model, &p->model->units[x->first_expert],
-               &p->model->units[y->first_expert]);
+    return x->first_expert < 0 || same_weights(p->model, &p->model->units[x->first_expert],
+                                      &p->model->units[y->first_expert]);
 }
 
-ps_status ps_plan_find_alike(
-    const ps_plan *p, uint32_t tier, uint32_t *stands_for, ps_err *err)
+ps_status ps_plan_find_alike(const ps_plan *p, uint32_t tier, uint32_t *stands_for, ps_err *err)
 {
     uint32_t n_layer = p->model->hp.n_layer;
     expert_counts *counts = ps_alloc(n_layer, sizeof *counts);
@@ -94,7 +92,7 @@ ps_status ps_plan_find_alike(
 typedef struct measuring {
     const ps_plan *plan;
     uint32_t *stands_for; /* owns; [n_layer], in the tier in hand */
-    bool *none; /* owns; [n_units] all false: experts that can't be read where they lie */
+    bool *none;           /* owns; [n_units] all false: experts that can't be read where they lie */
     uint64_t ws_bytes;
     uint32_t n_table;
 } measuring;

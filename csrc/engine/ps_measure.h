@@ -10,12 +10,10 @@
 #include "engine/ps_plan.h"
 
 /* Of a plan whose places, homes and buffer sizes are known. */
-ps_status ps_plan_measure(
-    const ps_plan *plan, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err);
+ps_status ps_plan_measure(const ps_plan *plan, uint64_t *ws_bytes, uint32_t *n_table, ps_err *err);
 
 /* Of each layer, how many it stands for in a tier: itself and later ones that want the same of any
  * pass, or none where an earlier one stands for it. stands_for: [n_layer]. */
-ps_status ps_plan_find_alike(
-    const ps_plan *plan, uint32_t tier, uint32_t *stands_for, ps_err *err);
+ps_status ps_plan_find_alike(const ps_plan *plan, uint32_t tier, uint32_t *stands_for, ps_err *err);
 
 #endif
