@@ -23,10 +23,8 @@
 #include <unistd.h>
 
 enum {
-    MIN_SPIN_NS = 2000,    /* what one futex round trip costs: spinning for less gains nothing */
-    MAX_SPIN_NS = 1000000, /* gaps between the ops of a token are below half of this, a layer on the
-                              GPU included; waking sixteen sleepers took longer than such a gap */
-    PAUSES_PER_LOOK = 32,  /* between two looks at the clock */
+    MIN_SPIN_NS = 2000,   /* what one futex round trip costs: spinning for less gains nothing */
+    PAUSES_PER_LOOK = 32, /* between two looks at the clock */
     MAX_THREADS = 4096,
 };
 
@@ -59,6 +57,17 @@ static ps_status thread_start(pthread_t *thread, void *(*main)(void *), void *ar
 /* ---- gate: a counter that threads wait on; spins first, for as long as the last gap says is worth
  * it ---- */
 
+typedef struct spin_limits {
+    uint64_t spin_ns; /* 0: threads sleep at once */
+    uint64_t gap_ns;  /* a gap longer than this is none between the ops of a token */
+} spin_limits;
+
+/* Where the CPU is needed in few layers of a token, gaps are milliseconds long; waking fourteen
+ * sleepers took 0.1 ms a layer. */
+static const spin_limits alone = {.spin_ns = 10000000, .gap_ns = 5000000};
+/* A pool that has every CPU takes them from whoever feeds it (streams of emulated devices, say). */
+static const spin_limits crowded = {.spin_ns = 100000, .gap_ns = 500000};
+
 typedef struct gate {
     alignas(64) uint32_t word;
     uint32_t n_asleep;
@@ -85,12 +94,12 @@ static bool gate_spin(const gate *g, uint32_t seen, uint64_t start_ns, uint64_t 
     return false;
 }
 
-/* Returns once the word is no longer `seen`. max_spin_ns == 0: sleeps at once. */
-static void gate_wait(gate *g, uint32_t seen, uint64_t max_spin_ns)
+/* Returns once the word is no longer `seen`. */
+static void gate_wait(gate *g, uint32_t seen, spin_limits most)
 {
     if (__atomic_load_n(&g->word, __ATOMIC_ACQUIRE) != seen) return;
     uint64_t start_ns = ps_clock_ns();
-    uint64_t limit_ns = ps_min_u64(__atomic_load_n(&g->spin_ns, __ATOMIC_RELAXED), max_spin_ns);
+    uint64_t limit_ns = ps_min_u64(__atomic_load_n(&g->spin_ns, __ATOMIC_RELAXED), most.spin_ns);
     if (!gate_spin(g, seen, start_ns, limit_ns)) {
         __atomic_fetch_add(&g->n_asleep, 1, __ATOMIC_SEQ_CST);
         while (__atomic_load_n(&g->word, __ATOMIC_SEQ_CST) == seen)
@@ -102,7 +111,7 @@ static void gate_wait(gate *g, uint32_t seen, uint64_t max_spin_ns)
      * still, so the guess falls to the minimum and nobody burns the CPU that the late thread needs.
      */
     uint64_t gap_ns = ps_clock_ns() - start_ns, next_ns = MIN_SPIN_NS;
-    if (2 * gap_ns <= MAX_SPIN_NS)
+    if (gap_ns <= most.gap_ns)
         next_ns = ps_max_u64(ps_max_u64(2 * gap_ns, limit_ns - limit_ns / 16), MIN_SPIN_NS);
     __atomic_store_n(&g->spin_ns, next_ns, __ATOMIC_RELAXED);
 }
@@ -124,7 +133,7 @@ struct ps_pool {
     void *ctx;
     bool stop;
     int n_threads, n_started; /* the caller is not among those started */
-    uint64_t max_spin_ns;
+    spin_limits most;
     member members[]; /* [n_threads - 1] */
 };
 
@@ -135,18 +144,17 @@ static void *member_main(void *arg)
     /* The word starts at 0 and the next call cannot begin before every member has finished this
      * one, so each member sees each value once. */
     for (uint32_t seen = 0;; seen++) {
-        gate_wait(&pool->start, seen, pool->max_spin_ns);
+        gate_wait(&pool->start, seen, pool->most);
         if (pool->stop) return NULL;
         pool->fn(pool->ctx, m->i_thread, pool->n_threads);
         if (__atomic_sub_fetch(&pool->n_left, 1, __ATOMIC_ACQ_REL) == 0) gate_open(&pool->done);
     }
 }
 
-/* A pool that has every CPU takes them from whoever feeds it (streams of emulated devices, say). */
-static uint64_t max_spin_ns(int n_threads)
+static spin_limits limits_of(int n_threads)
 {
     int n_cpu = ps_cpu_count();
-    return n_threads < n_cpu ? MAX_SPIN_NS : n_threads == n_cpu ? MAX_SPIN_NS / 10 : 0;
+    return n_threads < n_cpu ? alone : n_threads == n_cpu ? crowded : (spin_limits){0};
 }
 
 ps_status ps_pool_create(int n_threads, ps_pool **out, ps_err *err)
@@ -160,8 +168,8 @@ ps_status ps_pool_create(int n_threads, ps_pool **out, ps_err *err)
     if (pool == NULL)
         return ps_fail(err, PS_ENOMEM, "no memory for a pool of %d threads", n_threads);
     pool->n_threads = n_threads;
-    pool->max_spin_ns = max_spin_ns(n_threads);
-    pool->start.spin_ns = pool->done.spin_ns = pool->barrier.spin_ns = pool->max_spin_ns / 4;
+    pool->most = limits_of(n_threads);
+    pool->start.spin_ns = pool->done.spin_ns = pool->barrier.spin_ns = pool->most.spin_ns / 4;
     for (int i = 0; i < n_threads - 1; i++) {
         pool->members[i] = (member){.pool = pool, .i_thread = i + 1};
         ps_status status =
@@ -208,7 +216,7 @@ void ps_pool_run(ps_pool *pool, ps_pool_fn fn, void *ctx)
     if (__atomic_sub_fetch(&pool->n_left, 1, __ATOMIC_ACQ_REL) == 0)
         gate_open(&pool->done);
     else
-        gate_wait(&pool->done, seen, pool->max_spin_ns);
+        gate_wait(&pool->done, seen, pool->most);
 }
 
 void ps_pool_barrier(ps_pool *pool)
@@ -220,7 +228,7 @@ void ps_pool_barrier(ps_pool *pool)
             &pool->n_at_barrier, 0, __ATOMIC_RELAXED); /* published by the opening gate */
         gate_open(&pool->barrier);
     } else {
-        gate_wait(&pool->barrier, seen, pool->max_spin_ns);
+        gate_wait(&pool->barrier, seen, pool->most);
     }
 }
 
