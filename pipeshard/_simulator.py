@@ -31,6 +31,9 @@ GRAPH_TOK = 16  # passes of at most as many tokens run as graphs
 # What a prediction may be off by, at least, whatever the samples say of themselves.
 _LEAST_ERROR = {"measured": 0.08, "datasheet": 0.35, "default": 0.5}
 _EMU_ERROR = 0.02
+_MOST_KNOWN = (
+    1 << 14
+)  # ops whose seconds are remembered; a search for a plan asks for a few thousand
 _LARGE = 1 << 28  # bytes and FLOPs by which a model without a roof is asked for its rates
 _DISK_BYTES_PER_S = 3e9  # of a disk that nobody measured: an NVMe drive's
 # Filling a slot by the CPU moves each byte three times: read, and written after its line was fetched.
@@ -141,6 +144,8 @@ class Simulator:
         self.sources = sources
         self.cost: CostModel = cost(profile.samples, threads)
         self.is_virtual = self.device == "emu"
+        # Of ops and copies, by all that their seconds depend on: plans have most of them in common.
+        self._known: dict[tuple[object, ...], float] = {}
 
     def beside(self, sources: Sources | None) -> Simulator:
         """The same of copies from there."""
@@ -219,7 +224,7 @@ class Simulator:
             alike ^= alike >> np.uint64(29)
         alike ^= (ticks["bus_odds"] * 2.0**53).astype(np.uint64)
         _, where, which = np.unique(alike, return_index=True, return_inverse=True)
-        prices = np.array([self._seconds(ticks[i], graph, fill) for i in where])
+        prices = np.array([self._known_seconds(ticks[i].item(), graph, fill) for i in where])
         seconds = prices[which]
         if self.sources is not None:
             self._bounce(ticks, seconds, self.sources)
@@ -244,11 +249,16 @@ class Simulator:
                 here = on[ticks["n_bytes"][on] == n_bytes]
                 seconds[here] = n * (flag + max(cross, fill))
 
-    def _seconds(self, tick: Any, graph: bool, fill: float) -> float:
-        kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied, bus_odds = (
-            tick.item()
-        )
-        odds = float(bus_odds)
+    def _known_seconds(self, tick: tuple[Any, ...], graph: bool, fill: float) -> float:
+        key = (*tick[:3], *tick[5:], graph, fill)  # but for the unit and where it waits
+        if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[key] = self._seconds(tick, graph, fill)
+        return self._known[key]
+
+    def _seconds(self, tick: tuple[Any, ...], graph: bool, fill: float) -> float:
+        kind, stream, op, _, _, fmt, n_tok, flops, n_bytes, bus_bytes, n_copied, odds = tick
         kinds, streams, ops, formats = _names()
         what = kinds[kind]
         if what == "copy_in" or what == "copy_out":
@@ -270,7 +280,7 @@ class Simulator:
         if odds < 1.0 and not self.is_virtual:  # a mean over tokens, most of which need none of it
             some = self._reading(name, shape, min(n_bytes, int(bus_bytes / odds)))
             none = self.cost.seconds(name, shape, "vram")
-            return odds * some + (1.0 - odds) * none + node
+            return float(odds * some + (1.0 - odds) * none + node)
         return self._reading(name, shape, bus_bytes) + node
 
     def _reading(self, name: str, shape: Shape, bus_bytes: int) -> float:

@@ -5,12 +5,27 @@ Not here: who decides (planner.py), whether it fits (the core). Threads: immutab
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
-__all__ = ["FAR_SIDES", "TIERS", "FarSide", "Place", "Placement", "Split", "Tier", "Unit"]
+import numpy.typing as npt
+
+from . import _core
+
+__all__ = [
+    "FAR_SIDES",
+    "TIERS",
+    "FarSide",
+    "NumberedPlaces",
+    "Place",
+    "Placement",
+    "Split",
+    "Tier",
+    "Unit",
+    "numbered",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +86,51 @@ FarSide = Literal["gpu", "cpu"]
 FAR_SIDES: tuple[FarSide, ...] = ("gpu", "cpu")
 
 
+class NumberedPlaces(Mapping[str, Place]):
+    """Places of a model's units, as the number of each unit's in a list of the few that there are. Of 12,000 units a
+    dict takes longer to make and to read than the core takes to check it. Immutable, like what it is made from."""
+
+    __slots__ = ("_index", "numbers", "places", "units")
+
+    def __init__(
+        self,
+        units: tuple[Unit, ...],
+        index: Mapping[str, int],
+        places: Sequence[Place],
+        numbers: npt.NDArray[Any],
+    ) -> None:
+        """index: of the units, by name, in their order."""
+        self.units = units
+        self.places = tuple(places)
+        self.numbers = numbers
+        self.numbers.flags.writeable = False
+        self._index = index
+
+    def __getitem__(self, name: str) -> Place:
+        return self.places[int(self.numbers[self._index[name]])]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def as_dict(self) -> dict[str, Place]:
+        return dict(
+            zip(self._index, map(self.places.__getitem__, self.numbers.tolist()), strict=True)
+        )
+
+
+def numbered(
+    places: Mapping[str, Place], units: tuple[Unit, ...], names: tuple[str, ...]
+) -> tuple[Sequence[Any], npt.NDArray[Any]]:
+    """The objects that stand for places, each once, and of each unit the number of its own there. KeyError where one
+    has none."""
+    if isinstance(places, NumberedPlaces) and places.units is units:
+        return places.places, places.numbers
+    return _core.Plan.distinct(places, names)
+
+
 def _frozen_places(
     places: Mapping[str, Mapping[str, Place]],
 ) -> Mapping[str, Mapping[str, Place]]:
@@ -79,7 +139,7 @@ def _frozen_places(
     seen: dict[int, Mapping[str, Place]] = {}
     for units in places.values():
         if id(units) not in seen:
-            frozen = isinstance(units, MappingProxyType)
+            frozen = isinstance(units, (MappingProxyType, NumberedPlaces))
             seen[id(units)] = units if frozen else MappingProxyType(dict(units))
     return MappingProxyType({tier: seen[id(units)] for tier, units in places.items()})
 

@@ -25,7 +25,7 @@ import numpy as np
 from . import _core
 from .errors import FileError, FormatError, PlanError
 from .model import Model, check_path
-from .placement import FAR_SIDES, FarSide, Place, Placement, Split, Tier
+from .placement import FAR_SIDES, FarSide, Place, Placement, Split, Tier, numbered
 from .sizes import format_bytes
 
 __all__ = ["Plan"]
@@ -261,7 +261,7 @@ def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[
             continue
         # In one go where names are known and places are places; else they are looked at one by one.
         try:
-            any_split |= _look_up_known(units, index, kinds[i], shares[i])
+            any_split |= _look_up_known(units, model, kinds[i], shares[i])
         except (KeyError, TypeError):
             any_split |= _look_up(units, index, tier, kinds[i], shares[i])
         if len(units) != len(index):
@@ -273,11 +273,9 @@ def _arrays(placement: Placement, tiers: Sequence[Tier], model: Model) -> tuple[
     return kinds, shares if any_split else None
 
 
-def _look_up_known(
-    units: Mapping[str, Place], index: Mapping[str, int], kinds: Any, shares: Any
-) -> bool:
+def _look_up_known(units: Mapping[str, Place], model: Model, kinds: Any, shares: Any) -> bool:
     """As _look_up(), but KeyError or TypeError for what is missing or no place. Thousands of units have few places."""
-    places, which = _core.Plan.distinct(units, tuple(index))
+    places, which = numbered(units, model.units, tuple(model.unit_index))
     rows = [
         (_SPLIT, p.vram, p.stream) if isinstance(p, Split) else (_KINDS[p], 0.0, 0.0)
         for p in places

@@ -31,12 +31,13 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import compress
-from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
 
 from ..cost import Shape
 from ..errors import BudgetError
-from ..placement import FAR_SIDES, FarSide
+from ..placement import FAR_SIDES, FarSide, NumberedPlaces, numbered
 from . import register
 from .base import (
     N_GEN,
@@ -110,13 +111,13 @@ class _Settings:
         return (tuple(sorted(self.share.items())), *other)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Group:
     """Units that are placed alike: a layer's attention with its router, its feed-forward, its experts, of which the
     first so many can be resident; or one that is in no layer. A model of 12,000 units has 200 of them."""
 
     kind: str
-    names: tuple[str, ...]
+    at: npt.NDArray[np.intp]  # numbers of the units
     n_bytes: int  # of each experts; of the others of all
     kv_bytes: int
     value: float
@@ -125,13 +126,12 @@ class _Group:
 
     @property
     def n(self) -> int:
-        return len(self.names) if self.kind == "expert" else 1
+        return len(self.at) if self.kind == "expert" else 1
 
-    def split(self, n_resident: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of what is resident, and of what is not."""
-        if self.kind != "expert":
-            return (self.names, ()) if n_resident else ((), self.names)
-        return self.names[:n_resident], self.names[n_resident:]
+    def split(self, n_resident: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Numbers of what is resident, and of what is not."""
+        n = n_resident if self.kind == "expert" or n_resident == 0 else len(self.at)
+        return self.at[:n], self.at[n:]
 
     def far_bytes(self, n_resident: int) -> int:
         return (self.n - n_resident) * self.n_bytes
@@ -157,6 +157,10 @@ class _Search:
     )
 
     @cached_property
+    def _index(self) -> Mapping[str, int]:
+        return {name: i for i, name in enumerate(self.ctx.names)}
+
+    @cached_property
     def groups(self) -> list[_Group]:
         """In the order of the model."""
         ctx = self.ctx
@@ -170,7 +174,7 @@ class _Search:
         largest = max((_aligned(unit.n_bytes) for unit in units), default=0)
         return _Group(
             kind=kind,
-            names=tuple(unit.name for unit in units),
+            at=np.array([self._index[unit.name] for unit in units], np.intp),
             n_bytes=largest if kind == "expert" else total,
             kv_bytes=_aligned(kv),
             value=self._value(kind, units[0]) if units else 0.0,
@@ -262,21 +266,19 @@ class _Search:
     def _made(
         self, counts: tuple[int, ...], share: float, decode: float, split: bool, routed: bool
     ) -> tuple[Mapping[str, Place], int, int]:
-        """Places for one class of passes, as _shared() has them. Candidates have most of these in common."""
+        """Places for one class of passes, with what _share_out() says. Candidates have most of these in common."""
         key = (counts, share, decode, split, routed)
         if key not in self._places:
-            near: list[str] = []
-            far: list[tuple[_Group, tuple[str, ...], int]] = []
+            drawn = _Drawing(len(self.ctx.units))
+            far: list[tuple[_Group, npt.NDArray[np.intp], int]] = []
             for group, n in zip(self.groups, counts, strict=True):
                 resident, rest = group.split(n)
-                near += resident
-                if rest:
+                drawn.put("vram", resident)
+                if len(rest):
                     far.append((group, rest, group.far_bytes(n)))
-            names, places, lump, largest = _shared(far, share, decode, split, routed)
-            names += near
-            places += ["vram"] * len(near)
-            made = dict(zip(names, places, strict=True))
-            self._places[key] = MappingProxyType(made), lump, largest
+            lump, largest = _share_out(drawn, far, share, decode, split, routed)
+            made = NumberedPlaces(self.ctx.units, self._index, drawn.places, drawn.numbers)
+            self._places[key] = made, lump, largest
         return self._places[key]
 
     def build(self, settings: _Settings) -> Placement | None:
@@ -332,18 +334,17 @@ class _Search:
 
     def _near_bytes(self, placement: Placement) -> float:
         table = placement.places[self.ctx.tiers[0].name]
-        places = [table[name] for name in self.ctx.names]
-        if set(map(type, places)) == {str}:  # as of thousands of experts
-            return sum(compress(self._sizes, map("vram".__eq__, places)))
-        return sum(n * vram_share(place) for n, place in zip(self._sizes, places, strict=True))
+        places, numbers = numbered(table, self.ctx.units, self.ctx.names)
+        shares = np.array([vram_share(place) for place in places])
+        return float((shares[numbers] * self._sizes).sum())
 
     @cached_property
-    def _sizes(self) -> list[int]:
-        return [unit.n_bytes for unit in self.ctx.units]
+    def _sizes(self) -> npt.NDArray[np.float64]:
+        return np.array([unit.n_bytes for unit in self.ctx.units], np.float64)
 
     @cached_property
-    def total(self) -> int:
-        return sum(self._sizes)
+    def total(self) -> float:
+        return float(self._sizes.sum())
 
     def offer(self, placement: Placement | None, settings: _Settings | None = None) -> float:
         """Its score, or something less where that is not the best; infinite where there is none. The best so far is
@@ -538,7 +539,7 @@ class Auto:
             search.offer(_all_cpu(ctx))
         if search.best is None:
             raise BudgetError("no placement fits")
-        best = search.settle(search.best, others)
+        best = _plain(search.settle(search.best, others))
         return replace(best, why=_reasons(ctx, best))
 
     def _others(self, ctx: PolicyContext) -> Iterator[Placement]:
@@ -567,6 +568,17 @@ def _remembering(ctx: PolicyContext) -> PolicyContext:
     return replace(ctx, ask_simulate=simulate)
 
 
+def _plain(placement: Placement) -> Placement:
+    """The same in dicts; tiers that have one mapping in common keep that in common."""
+    dicts = {
+        id(units): units.as_dict()
+        for units in placement.places.values()
+        if isinstance(units, NumberedPlaces)
+    }
+    places = {tier: dicts.get(id(units), units) for tier, units in placement.places.items()}
+    return replace(placement, places=places)
+
+
 def _sized(placement: Placement, size: int) -> Placement:
     return placement if placement.chunk_tok else replace(placement, chunk_tok=size)
 
@@ -586,51 +598,62 @@ def _with_size(ctx: PolicyContext, size: int) -> PolicyContext:
 # ---- parts of a candidate ----
 
 
-def _shared(
-    far: list[tuple[_Group, tuple[str, ...], int]],
+class _Drawing:
+    """Places of units by their numbers, of which all are the CPU's at first."""
+
+    def __init__(self, n_units: int) -> None:
+        self.places: list[Place] = ["cpu"]
+        self.numbers = np.zeros(n_units, np.uint8)
+
+    def put(self, place: Place, units: npt.NDArray[np.intp]) -> None:
+        if len(units) and place not in self.places:
+            self.places.append(place)
+        if len(units):
+            self.numbers[units] = self.places.index(place)
+
+
+def _share_out(
+    drawn: _Drawing,
+    far: list[tuple[_Group, npt.NDArray[np.intp], int]],
     share: float,
     head_share: float,
     split: bool,
     routed: bool,
-) -> tuple[list[str], list[Place], int, int]:
-    """Names and places of what is not resident; the bytes of the largest part of a layer that streams, and of its
-    largest unit where that is an expert, which travels whole. Of the head one row is asked for, whatever the pass.
+) -> tuple[int, int]:
+    """Puts what is not resident on bus and CPU; returns the bytes of the largest part of a layer that streams, and of
+    its largest unit where that is an expert, which travels whole. Of the head one row is asked for, whatever the pass.
     routed: experts are divided as tokens are routed to them. One by one, chance puts more of a token's on one side, and
     the layer waits for that."""
-    all_names: list[str] = []
-    places: list[Place] = []
     owed, lump, largest = 0.0, 0, 0
-    for group, names, n_bytes in far:
-        all_names += names
+    for group, units, n_bytes in far:
         mine = head_share if group.kind == "head" else share
-        n = 0  # of the names that stream
+        n = 0  # of the units, that stream
         if group.kind == "embed":  # its rows are looked up where they lie
             pass
         elif group.kind == "expert":  # both sides of a layer work at once
-            owed += mine * len(names)
-            n = min(len(names), int(owed + 0.5))
+            owed += mine * len(units)
+            n = min(len(units), int(owed + 0.5))
             owed -= n
             n_bytes = n * group.n_bytes
             largest = max(largest, group.largest if n else 0)
             if routed and 0.0 < mine < 1.0:
-                places += [Split(stream=mine)] * len(names)
+                drawn.put(Split(stream=mine), units)
                 lump, largest = max(lump, n_bytes, group.n_bytes), max(largest, group.largest)
                 continue
         elif split and group.kind in ("ffn", "head") and 0.0 < mine < 1.0:
-            places += [Split(stream=mine)] * len(names)
+            drawn.put(Split(stream=mine), units)
             lump = max(lump, int(mine * n_bytes))
             continue
         elif group.kind == "head":
-            n = len(names) if mine >= 1.0 else 0
+            n = len(units) if mine >= 1.0 else 0
         else:
             owed += mine
-            n = len(names) if owed >= 0.5 else 0
+            n = len(units) if owed >= 0.5 else 0
             owed -= 1.0 if n else 0.0
-        places += ["stream"] * n
-        places += ["cpu"] * (len(names) - n)
+        drawn.put("stream", units[:n])
         if n:
             lump = max(lump, n_bytes)
-    return all_names, places, lump, largest
+    return lump, largest
 
 
 def _ring(lump: int, expert: int, factor: float) -> tuple[int, int]:

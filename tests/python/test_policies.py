@@ -12,11 +12,12 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import pipeshard as ps
 from pipeshard import sched_policies
-from pipeshard.placement import TIERS, Place, Placement, Split, Unit
+from pipeshard.placement import TIERS, NumberedPlaces, Place, Placement, Split, Unit
 from pipeshard.sched_policies.base import PolicyContext, Prediction, same_in_all, vram_share
 
 MIB = 1 << 20
@@ -688,6 +689,34 @@ def test_the_example_of_the_readme_runs(
     assert rows[0]["ttft_s"] > 0
     with pytest.raises(ps.BudgetError):
         ps.Engine(gguf, device="emu", n_ctx=128, vram="1KiB", policy=policy)
+
+
+def test_numbered_places_are_places(moe: str) -> None:
+    """A mapping like any other, and a plan of it the same to the byte, whoever made the list of units."""
+    model = ps.Model(moe)
+    numbers = np.arange(len(model.units), dtype=np.uint8) % 3
+    few: list[Place] = ["cpu", "vram", "stream"]
+    places = NumberedPlaces(model.units, model.unit_index, few, numbers)
+    same = {unit.name: few[i % 3] for i, unit in enumerate(model.units)}
+    assert places == same == places.as_dict()
+    assert places.keys() == same.keys()
+    assert len(places) == len(same)
+    with pytest.raises(KeyError):
+        places["blk.0.nothing"]
+    with pytest.raises(ValueError, match="read-only"):
+        numbers[0] = 1
+    other = NumberedPlaces((*model.units,), model.unit_index, few, numbers)
+    plans = [
+        ps.simulate(
+            model,
+            vram="1GiB",
+            n_ctx=256,
+            n_prompt=8,
+            policy=lambda ctx, p=p: same_in_all(ctx, p, n_slots=4, slot_bytes=1 << 20),
+        ).plan
+        for p in (same, places, other)
+    ]
+    assert plans[0].diff(plans[1]) == plans[0].diff(plans[2]) == ""
 
 
 def test_engines_ask_policies(llama: str) -> None:
