@@ -7,20 +7,23 @@
  * Query heads that share a KV head are rows of one tile, so that keys and values are read once for
  * all of them. A row is scaled by a power of two before it is rounded to F16. Softmax runs over
  * base 2 (scores carry log2 e), keys ascending.
- * - Prefill: a block takes 64 rows = 64 / (heads a KV head) tokens of one KV head, four warps of 16
- * rows; keys and values stream through double-buffered tiles; tiles beyond the mask are not loaded.
- * Tokens of a tile belong to one sequence; tiles where they do not are left to the other kernel.
+ * - Prefill: a block takes 64 or 128 rows = so many / (heads a KV head) tokens of one KV head, four
+ * warps of 16 or 32 rows; keys and values stream through double-buffered tiles; tiles beyond the
+ * mask are not loaded. Tokens of a tile belong to one sequence; tiles where they do not are left to
+ * the other kernel.
  * - Decode: a block takes one token, one KV head, up to 16 of its query heads and one share of the
  * keys; each of its four warps streams its own tiles; results are joined in the order of warps,
  * then (k_attn_join) of shares.
  *
  * Floors: decode reads 2 * keys * KV heads * head_dim * 2 bytes (Qwen3-30B-A3B at 1K: 2 MB a layer,
- * 0.5 us: latency rules); prefill 4 * queries * keys / 2 * heads * head_dim / 600 TFLOP/s.
+ * 0.5 us: latency rules); prefill 4 * queries * keys / 2 * heads * head_dim / 600 TFLOP/s, of which
+ * an H200 reaches 290 behind 16K tokens, 220 behind 4K and 110 behind 1K (head_dim 128): mma.sync,
+ * not wgmma.
  */
 #include "kernels/ps_cuda.cuh"
 #include "kernels/ps_cuda_ops.h"
 
-enum { PREFILL_ROWS = 64, ATTN_WARPS = 4 };
+enum { ATTN_WARPS = 4 };
 
 #define LOG2_E 1.4426950408889634f
 #define LN_2   0.6931471805599453f
@@ -33,16 +36,18 @@ typedef struct attn_params {
     uint32_t tile_tok;     /* prefill: tokens a tile */
     uint32_t splits, n_buffers;
     uint32_t page_shift;
+    uint32_t by_page;    /* prefill: tiles lie in one page each, as F16 */
     uint32_t only_mixed; /* decode: only tokens of prefill tiles that mix sequences */
     uint32_t first_tok;  /* decode: token of blockIdx.z == 0 */
     uint64_t row_bytes;  /* of the cache */
 } attn_params;
 
 /* Keys a tile, per warp in decode; 16-bit elements between rows, 8 more than the row so that
- * ldmatrix meets no bank twice. */
+ * ldmatrix meets no bank twice. In prefill as many as leave registers to wide heads, and two tiles
+ * in the 99 KiB of smaller GPUs. */
 template <int D> __host__ __device__ constexpr int prefill_keys()
 {
-    return D > 128 ? 32 : 64;
+    return D > 96 ? 32 : 64;
 }
 template <int D> __host__ __device__ constexpr int decode_keys()
 {
@@ -52,7 +57,19 @@ template <int D> __host__ __device__ constexpr int pitch()
 {
     return D + 8;
 }
-/* Wide heads keep their queries in shared memory: registers are full of sums. */
+/* Tiles of 16 rows a warp has in prefill. Two share every key and value that it reads from shared
+ * memory, which would be busier than the tensor cores else; wide heads have no registers for two.
+ */
+template <int D> __host__ __device__ constexpr int prefill_tiles()
+{
+    return D > 128 ? 1 : 2;
+}
+template <int D> __host__ __device__ constexpr int prefill_rows()
+{
+    return 16 * prefill_tiles<D>() * ATTN_WARPS;
+}
+/* In decode. Wide heads keep their queries in shared memory: registers are full of sums; in prefill
+ * all do. */
 template <int D> __host__ __device__ constexpr bool q_in_smem()
 {
     return D > 128;
@@ -123,6 +140,41 @@ PS_DEVICE void load_side(const attn_params &p, ps_dptr side, uint16_t *to, uint3
     }
 }
 
+/* The same of rows of one page as F16, of which so many count. */
+template <int D, int KEYS>
+PS_DEVICE void load_rows(uint16_t *to, const uint8_t *from, uint32_t n_rows)
+{
+    constexpr uint32_t CHUNKS = D / 8, N = ATTN_WARPS * 32;
+    static_assert(KEYS * CHUNKS % N == 0, "each thread copies as much");
+#pragma unroll
+    for (uint32_t j = 0; j < KEYS * CHUNKS / N; j++) {
+        const uint32_t i = j * N + threadIdx.x;
+        ps_copy16(to + i / CHUNKS * pitch<D>() + i % CHUNKS * 8, from + i * 16,
+            i < n_rows * CHUNKS ? 16 : 0);
+    }
+}
+
+/* A block's tile of keys and values. page: where p.by_page, that of its keys; -1: not here. */
+template <int D, int KEYS>
+PS_DEVICE void load_tile(const attn_params &p, uint16_t *to, uint32_t seq, uint32_t kv_head,
+    uint32_t first, uint32_t end, int32_t page)
+{
+    uint16_t *values = to + KEYS * pitch<D>();
+    if (p.by_page) {
+        const uint64_t at =
+            (((uint64_t)(page < 0 ? 0 : page) * p.a.kv.n_kv_head + kv_head) << p.page_shift) +
+            (first & (p.a.kv.page_tok - 1));
+        const uint32_t n_rows = page < 0 ? 0 : end - first < KEYS ? end - first : KEYS;
+        load_rows<D, KEYS>(to, (const uint8_t *)p.a.kv.k.a + at * (D * 2), n_rows);
+        load_rows<D, KEYS>(values, (const uint8_t *)p.a.kv.v.a + at * (D * 2), n_rows);
+    } else {
+        const uint32_t n = ATTN_WARPS * 32;
+        load_side<D, KEYS>(p, p.a.kv.k, to, seq, kv_head, first, end, threadIdx.x, n);
+        load_side<D, KEYS>(p, p.a.kv.v, values, seq, kv_head, first, end, threadIdx.x, n);
+    }
+    ps_copy_commit();
+}
+
 /* Bit i: key first + i is before `end` and its page is here. Collective. */
 template <int KEYS>
 PS_DEVICE uint64_t present_keys(const attn_params &p, uint32_t seq, uint32_t first, uint32_t end)
@@ -137,19 +189,28 @@ PS_DEVICE uint64_t present_keys(const attn_params &p, uint32_t seq, uint32_t fir
     return bits;
 }
 
-/* ---- one warp: 16 rows of queries ---- */
+/* The same of keys that lie in one page. */
+template <int KEYS> PS_DEVICE uint64_t page_keys(int32_t page, uint32_t first, uint32_t end)
+{
+    const uint32_t n = page < 0 ? 0 : end - first < KEYS ? end - first : KEYS;
+    return n == 64 ? ~0ull : (1ull << n) - 1;
+}
 
-typedef struct query_rows { /* this lane's two rows: lane / 4 and 8 more */
-    int32_t pos[2];         /* -1: no row */
-    float factor[2]; /* from products to scores; to scores times log2 e where there is no softcap */
-    float max[2], sum[2]; /* of exponentials so far; `sum` is this lane's share of the row */
-} query_rows;
+/* ---- one warp: M tiles of 16 rows of queries ---- */
 
-/* Rounds the lane's parts of its rows; `row[i]` may be NULL. The four lanes of a row hold all of
- * it. */
-template <int D>
-PS_DEVICE void load_queries(
-    const attn_params &p, const float *const row[2], uint32_t q[D / 16][4], query_rows *s)
+template <int M> struct query_rows { /* this lane's rows, two a tile: lane / 4 and 8 more */
+    int32_t pos[2 * M];              /* -1: no row */
+    float factor[2 * M]; /* from products to scores; to scores times log2 e where there is no
+                            softcap */
+    float max[2 * M],
+        sum[2 * M]; /* of exponentials so far; `sum` is this lane's share of the row */
+};
+
+/* Rounds the lane's parts of its two rows of a tile; `row[i]` may be NULL. The four lanes of a row
+ * hold all of it. */
+template <int D, int M>
+PS_DEVICE void load_queries(const attn_params &p, const float *const row[2], uint32_t tile,
+    uint32_t q[D / 16][4], query_rows<M> *s)
 {
     const uint32_t c = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -166,9 +227,10 @@ PS_DEVICE void load_queries(
         const uint32_t bits =
             max > 0.0f ? (uint32_t)(exponent > 1 ? exponent : 1) << 23 : 127u << 23;
         const float scale = __uint_as_float(bits), inverse = __uint_as_float((254u << 23) - bits);
-        s->factor[i] = p.a.softcap > 0.0f ? scale * p.a.scale : scale * p.a.scale * LOG2_E;
-        s->max[i] = -INFINITY;
-        s->sum[i] = 0.0f;
+        s->factor[2 * tile + i] =
+            p.a.softcap > 0.0f ? scale * p.a.scale : scale * p.a.scale * LOG2_E;
+        s->max[2 * tile + i] = -INFINITY;
+        s->sum[2 * tile + i] = 0.0f;
 #pragma unroll
         for (int k = 0; k < D / 16; k++) {
             const float *x = row[i] + k * 16 + c;
@@ -190,93 +252,158 @@ template <int D> PS_DEVICE void park_queries(uint16_t *tile, const uint32_t q[D 
                 q[k][i];
 }
 
-/* One tile of keys and values: scores, mask, softmax so far, weighted values. `present` bit j: key
- * first + j counts; `open`: every key of the tile counts for every row. */
-template <int D, int KEYS>
-PS_DEVICE void attend_tile(const attn_params &p, const uint16_t *keys, const uint16_t *values,
-    const uint32_t q[D / 16][4], const uint16_t *q_tile, uint32_t first, uint64_t present,
-    bool open, query_rows *s, float (&out)[D / 8][4])
+/* score += queries keys. q: of one tile, where they are not in shared memory. */
+template <int D, int KEYS, int M, bool Q_IN_SMEM>
+PS_DEVICE void multiply_keys(const uint16_t *keys, const uint32_t q[D / 16][4],
+    const uint16_t *q_tile, float (&score)[M][KEYS / 8][4])
 {
     const uint32_t lane = threadIdx.x % 32;
-    const int32_t window =
-        p.a.window > 0 && p.a.window < INT32_MAX ? (int32_t)p.a.window : INT32_MAX;
-    float score[KEYS / 8][4] = {};
     const uint16_t *k_row = keys + (lane / 16 * 8 + lane % 8) * pitch<D>() + lane / 8 % 2 * 8;
     const uint16_t *q_row = q_tile + lane % 16 * pitch<D>() + lane / 16 * 8;
 #pragma unroll
     for (int d = 0; d < D / 16; d++) {
-        uint32_t a[4];
-        if constexpr (q_in_smem<D>()) {
-            ps_ldmatrix(a, q_row + d * 16);
-        } else {
+        uint32_t a[M][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = q[d][i];
+        for (int m = 0; m < M; m++) {
+            if constexpr (Q_IN_SMEM)
+                ps_ldmatrix(a[m], q_row + m * 16 * pitch<D>() + d * 16);
+            else
+#pragma unroll
+                for (int i = 0; i < 4; i++) a[m][i] = q[d][i];
         }
 #pragma unroll
         for (int n = 0; n < KEYS / 16; n++) {
             uint32_t b[4];
             ps_ldmatrix(b, k_row + n * 16 * pitch<D>() + d * 16);
-            ps_mma_f16(score[2 * n], a, b[0], b[1]);
-            ps_mma_f16(score[2 * n + 1], a, b[2], b[3]);
-        }
-    }
-    float max[2] = {-INFINITY, -INFINITY};
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) {
-            float x = score[n][c] * s->factor[c / 2];
-            if (p.a.softcap > 0.0f) x = p.a.softcap * tanhf(x / p.a.softcap) * LOG2_E;
-            if (!open) {
-                const uint32_t j = n * 8 + lane % 4 * 2 + c % 2;
-                const int32_t back = s->pos[c / 2] - (int32_t)(first + j);
-                if (!(present >> j & 1) || back < 0 || back >= window) x = -INFINITY;
+            for (int m = 0; m < M; m++) {
+                ps_mma_f16(score[m][2 * n], a[m], b[0], b[1]);
+                ps_mma_f16(score[m][2 * n + 1], a[m], b[2], b[3]);
             }
-            score[n][c] = x;
-            max[c / 2] = fmaxf(max[c / 2], x);
         }
-    float base[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        max[i] = fmaxf(max[i], __shfl_xor_sync(PS_FULL_WARP, max[i], 1));
-        max[i] = fmaxf(max[i], __shfl_xor_sync(PS_FULL_WARP, max[i], 2));
-        max[i] = fmaxf(max[i], s->max[i]);
-        base[i] = max[i] == -INFINITY
-                      ? 0.0f
-                      : max[i]; /* no key yet: weights stay 0 instead of not a number */
-        const float shrink = exp2f(s->max[i] - base[i]);
-        s->max[i] = max[i];
-        s->sum[i] *= shrink;
-#pragma unroll
-        for (int n = 0; n < D / 8; n++) out[n][2 * i] *= shrink, out[n][2 * i + 1] *= shrink;
     }
-    const uint16_t *v_row = values + lane % 16 * pitch<D>() + lane / 16 * 8;
+}
+
+/* Without a branch, and right to 1e-7 of 1. */
+PS_DEVICE float tanh_of(float x)
+{
+    return 1.0f - __fdividef(2.0f, ps_exp2(2.0f * LOG2_E * x) + 1.0f);
+}
+
+/* Products to scores. The branches are around whole loops: within, they would keep the compiler
+ * from working on many scores at once. */
+template <int KEYS, int M>
+PS_DEVICE void score_products(const attn_params &p, uint32_t first, uint64_t present, bool open,
+    const query_rows<M> *s, float (&score)[M][KEYS / 8][4])
+{
+    const uint32_t lane = threadIdx.x % 32;
+    const int32_t window =
+        p.a.window > 0 && p.a.window < INT32_MAX ? (int32_t)p.a.window : INT32_MAX;
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int c = 0; c < 4; c++) score[m][n][c] *= s->factor[2 * m + c / 2];
+    const float inverse_cap = 1.0f / p.a.softcap;
+    if (p.a.softcap > 0.0f)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++)
+                    score[m][n][c] = p.a.softcap * tanh_of(score[m][n][c] * inverse_cap) * LOG2_E;
+    if (!open)
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    const uint32_t j = n * 8 + lane % 4 * 2 + c % 2;
+                    const int32_t back = s->pos[2 * m + c / 2] - (int32_t)(first + j);
+                    const bool sees = (present >> j & 1) && back >= 0 && back < window;
+                    score[m][n][c] = sees ? score[m][n][c] : -INFINITY;
+                }
+}
+
+/* Scores to weights, relative to the largest score so far; what was summed is made relative to
+ * that, too. */
+template <int D, int KEYS, int M>
+PS_DEVICE void weigh(query_rows<M> *s, float (&score)[M][KEYS / 8][4], float (&out)[M][D / 8][4])
+{
+#pragma unroll
+    for (int r = 0; r < 2 * M; r++) { /* of tile r / 2, the row lane / 4 or 8 more */
+        float max = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+            max = fmaxf(max, fmaxf(score[r / 2][n][r % 2 * 2], score[r / 2][n][r % 2 * 2 + 1]));
+        max = fmaxf(max, __shfl_xor_sync(PS_FULL_WARP, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(PS_FULL_WARP, max, 2));
+        max = fmaxf(max, s->max[r]);
+        /* No key yet: weights stay 0 instead of not a number. */
+        const float base = max == -INFINITY ? 0.0f : max, shrink = ps_exp2(s->max[r] - base);
+        s->max[r] = max;
+        float sum = s->sum[r] * shrink;
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+            for (int c = 0; c < 2; c++) {
+                float *x = &score[r / 2][n][r % 2 * 2 + c];
+                *x = ps_exp2(*x - base);
+                sum += *x;
+            }
+        s->sum[r] = sum;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            out[r / 2][n][r % 2 * 2] *= shrink, out[r / 2][n][r % 2 * 2 + 1] *= shrink;
+    }
+}
+
+/* One tile of keys and values: scores, mask, softmax so far, weighted values. `present` bit j: key
+ * first + j counts; `open`: every key of the tile counts for every row. */
+template <int D, int KEYS, int M, bool Q_IN_SMEM>
+PS_DEVICE void attend_tile(const attn_params &p, const uint16_t *tile, const uint32_t q[D / 16][4],
+    const uint16_t *q_tile, uint32_t first, uint64_t present, bool open, query_rows<M> *s,
+    float (&out)[M][D / 8][4])
+{
+    const uint32_t lane = threadIdx.x % 32;
+    float score[M][KEYS / 8][4] = {};
+    multiply_keys<D, KEYS, M, Q_IN_SMEM>(tile, q, q_tile, score);
+    score_products<KEYS, M>(p, first, present, open, s, score);
+    weigh<D, KEYS, M>(s, score, out);
+    const uint16_t *v_row =
+        tile + (KEYS + lane % 16) * pitch<D>() + lane / 16 * 8; /* values lie behind keys */
 #pragma unroll
     for (int k = 0; k < KEYS / 16; k++) {
-        uint32_t
-            a[4]; /* the scores' places in the sums are the weights' places in the next product */
+        /* The scores' places in the sums are the weights' places in the next product. */
+        uint32_t a[M][4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            float *x = &score[2 * k + i / 2][i % 2 * 2];
-            x[0] = exp2f(x[0] - base[i % 2]), x[1] = exp2f(x[1] - base[i % 2]);
-            s->sum[i % 2] += x[0] + x[1];
-            a[i] = ps_pack_f16(x[0], x[1]);
-        }
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const float *x = &score[m][2 * k + i / 2][i % 2 * 2];
+                a[m][i] = ps_pack_f16(x[0], x[1]);
+            }
 #pragma unroll
         for (int n = 0; n < D / 16; n++) {
             uint32_t b[4];
             ps_ldmatrix_t(b, v_row + k * 16 * pitch<D>() + n * 16);
-            ps_mma_f16(out[2 * n], a, b[0], b[1]);
-            ps_mma_f16(out[2 * n + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                ps_mma_f16(out[m][2 * n], a[m], b[0], b[1]);
+                ps_mma_f16(out[m][2 * n + 1], a[m], b[2], b[3]);
+            }
         }
     }
 }
 
 /* The lanes of a row join their shares of the sum. Collective. */
-PS_DEVICE void join_sums(query_rows *s)
+template <int M> PS_DEVICE void join_sums(query_rows<M> *s)
 {
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 2 * M; i++) {
         s->sum[i] += __shfl_xor_sync(PS_FULL_WARP, s->sum[i], 1);
         s->sum[i] += __shfl_xor_sync(PS_FULL_WARP, s->sum[i], 2);
     }
@@ -313,117 +440,191 @@ PS_DEVICE bool is_mixed(const attn_params &p, uint32_t t0)
 }
 
 /* ---- prefill. Grid: x tiles of tokens (last ones first: they have most keys), y KV heads, z tiles
- * of a big group. Shared memory: n_buffers x (keys, values), then queries where they live there.
- * ---- */
+ * of a big group. Shared memory: n_buffers x (keys, values), then queries. ---- */
 
-template <int D>
-__global__ void __launch_bounds__(ATTN_WARPS * 32, D > 128 ? 2 : 3)
-    k_attn_prefill(const __grid_constant__ attn_params p)
+typedef struct span { /* positions of some tokens; high -1: there are none */
+    int32_t low, high;
+} span;
+
+PS_DEVICE span span_of_warp(span s)
 {
-    constexpr int KEYS = prefill_keys<D>(), TILE = KEYS * pitch<D>();
-    PS_DYNAMIC_SMEM(smem);
-    ps_dep_wait();
-    const uint32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32, kv_head = blockIdx.y;
-    const uint32_t t0 = (gridDim.x - 1 - blockIdx.x) * p.tile_tok, h0 = blockIdx.z * PREFILL_ROWS;
-    const uint32_t heads = p.group - h0 < PREFILL_ROWS ? p.group - h0 : PREFILL_ROWS;
-    if (p.a.kv.n_seq > 1 && is_mixed(p, t0)) return;
-    const uint32_t seq = (uint32_t)((const int32_t *)p.a.seq.a)[t0];
+    return {warp_min(s.low), warp_max(s.high)};
+}
+
+/* Of the block's tokens. Collective. */
+PS_DEVICE span span_of_block(const attn_params &p, uint32_t t0)
+{
     const int32_t *pos = (const int32_t *)p.a.pos.a;
-    const int32_t window =
-        p.a.window > 0 && p.a.window < INT32_MAX ? (int32_t)p.a.window : INT32_MAX;
+    span s = {INT32_MAX, -1};
+    for (uint32_t i = threadIdx.x % 32; i < p.tile_tok && t0 + i < p.a.n_tok; i += 32)
+        s = {smaller(s.low, pos[t0 + i]), larger(s.high, pos[t0 + i])};
+    return span_of_warp(s);
+}
 
-    int32_t low = INT32_MAX, high = -1; /* positions of the block's tokens */
-    for (uint32_t i = lane; i < p.tile_tok && t0 + i < p.a.n_tok; i += 32) {
-        low = smaller(low, pos[t0 + i]);
-        high = larger(high, pos[t0 + i]);
-    }
-    low = warp_min(low);
-    high = warp_max(high);
+typedef struct row_origin { /* of a row of the block */
+    uint32_t token, head;
+    bool in; /* there is such a row */
+} row_origin;
 
-    query_rows rows;
-    const float *from[2];
-    uint32_t token[2], head[2];
-    int32_t warp_low = INT32_MAX, warp_high = -1;
+/* Row r of this lane: of tile r / 2 of its warp, lane / 4 or 8 more. */
+template <int D>
+PS_DEVICE row_origin origin_of(const attn_params &p, uint32_t t0, uint32_t h0, uint32_t r)
+{
+    const uint32_t n = prefill_rows<D>(), left = p.group - h0, heads = left < n ? left : n,
+                   lane = threadIdx.x % 32,
+                   row = threadIdx.x / 32 * 16 * prefill_tiles<D>() + r * 8 + lane / 4,
+                   t = t0 + row / heads;
+    return {t, blockIdx.y * p.group + h0 + row % heads, row / heads < p.tile_tok && t < p.a.n_tok};
+}
+
+/* The warp's queries into shared memory; the span of their tokens. Collective. */
+template <int D, int M>
+PS_DEVICE span take_queries(
+    const attn_params &p, uint32_t t0, uint32_t h0, uint16_t *q_tile, query_rows<M> *rows)
+{
+    span s = {INT32_MAX, -1};
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t r = warp * 16 + lane / 4 + i * 8, t = t0 + r / heads;
-        token[i] = t, head[i] = kv_head * p.group + h0 + r % heads;
-        const bool in = r / heads < p.tile_tok && t < p.a.n_tok;
-        rows.pos[i] = in ? pos[t] : -1;
-        from[i] =
-            in ? (const float *)p.a.q.a + (uint64_t)t * p.a.ldq + (uint64_t)head[i] * D : NULL;
-        warp_low = smaller(warp_low, in ? rows.pos[i] : INT32_MAX);
-        warp_high = larger(warp_high, rows.pos[i]);
-    }
-    warp_low = warp_min(warp_low);
-    warp_high = warp_max(warp_high);
-
-    uint16_t *tiles = (uint16_t *)smem,
-             *q_tile = tiles + p.n_buffers * 2 * TILE + warp * 16 * pitch<D>();
-    uint32_t q[D / 16][4];
-    load_queries<D>(p, from, q, &rows);
-    if constexpr (q_in_smem<D>()) {
-        park_queries<D>(q_tile, q);
-        __syncwarp();
-    }
-    float out[D / 8][4] = {};
-    const uint32_t end = (uint32_t)high + 1;
-    const uint32_t begin = low >= window ? (uint32_t)(low - window + 1) / KEYS * KEYS : 0;
-    if (p.n_buffers == 2) {
-        load_side<D, KEYS>(
-            p, p.a.kv.k, tiles, seq, kv_head, begin, end, threadIdx.x, ATTN_WARPS * 32);
-        load_side<D, KEYS>(
-            p, p.a.kv.v, tiles + TILE, seq, kv_head, begin, end, threadIdx.x, ATTN_WARPS * 32);
-        ps_copy_commit();
-    }
-    uint32_t buffer = 0;
-    for (uint32_t first = begin; first < end; first += KEYS) {
-        const uint32_t ahead = p.n_buffers == 2 ? first + KEYS : first;
-        uint16_t *to = tiles + (p.n_buffers == 2 ? (buffer ^ 1) * 2 * TILE : 0);
-        if (ahead < end) {
-            load_side<D, KEYS>(
-                p, p.a.kv.k, to, seq, kv_head, ahead, end, threadIdx.x, ATTN_WARPS * 32);
-            load_side<D, KEYS>(
-                p, p.a.kv.v, to + TILE, seq, kv_head, ahead, end, threadIdx.x, ATTN_WARPS * 32);
-        }
-        ps_copy_commit();
-        if (p.n_buffers == 2)
-            ps_copy_wait<1>();
-        else
-            ps_copy_wait<0>();
-        __syncthreads(); /* the tile is there for all */
-        const uint16_t *keys = tiles + buffer * 2 * TILE;
-        const bool some = (int32_t)first <= warp_high &&
-                          (warp_low < window || (int32_t)(first + KEYS - 1) > warp_low - window);
-        if (some) { /* the same in all lanes */
-            const uint64_t present = present_keys<KEYS>(p, seq, first, end);
-            constexpr uint64_t ALL = KEYS == 64 ? ~0ull : (1ull << (KEYS % 64)) - 1;
-            const bool open = present == ALL && (int32_t)(first + KEYS - 1) <= warp_low &&
-                              warp_high - (int32_t)first < window;
-            attend_tile<D, KEYS>(p, keys, keys + TILE, q, q_tile, first, present, open, &rows, out);
-        }
-        __syncthreads(); /* nobody reads it any more */
-        if (p.n_buffers == 2) buffer ^= 1;
-    }
-    join_sums(&rows);
+    for (uint32_t m = 0; m < M; m++) {
+        const float *from[2];
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        if (rows.pos[i] < 0) continue;
+        for (uint32_t i = 0; i < 2; i++) {
+            const row_origin o = origin_of<D>(p, t0, h0, 2 * m + i);
+            const int32_t pos = o.in ? ((const int32_t *)p.a.pos.a)[o.token] : -1;
+            rows->pos[2 * m + i] = pos;
+            from[i] =
+                o.in ? (const float *)p.a.q.a + (uint64_t)o.token * p.a.ldq + (uint64_t)o.head * D
+                     : NULL;
+            if (o.in) s = {smaller(s.low, pos), larger(s.high, pos)};
+        }
+        uint32_t q[D / 16][4];
+        load_queries<D, M>(p, from, m, q, rows);
+        park_queries<D>(q_tile + m * 16 * pitch<D>(), q);
+    }
+    __syncwarp();
+    return span_of_warp(s);
+}
+
+template <int D, int M>
+PS_DEVICE void write_rows(const attn_params &p, uint32_t t0, uint32_t h0, const query_rows<M> *rows,
+    const float (&out)[M][D / 8][4])
+{
+    const uint32_t lane = threadIdx.x % 32;
+#pragma unroll
+    for (uint32_t r = 0; r < 2 * M; r++) {
+        if (rows->pos[r] < 0) continue;
+        const row_origin o = origin_of<D>(p, t0, h0, r);
         const float scale =
-            finish_row(p, token[i], head[i], rows.max[i], rows.sum[i], lane % 4 == 0);
-        float *y = (float *)p.a.out.a + (uint64_t)token[i] * p.a.ldo + (uint64_t)head[i] * D +
-                   lane % 4 * 2;
+            finish_row(p, o.token, o.head, rows->max[r], rows->sum[r], lane % 4 == 0);
+        float *y =
+            (float *)p.a.out.a + (uint64_t)o.token * p.a.ldo + (uint64_t)o.head * D + lane % 4 * 2;
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
-            y[n * 8] = out[n][2 * i] * scale;
-            y[n * 8 + 1] = out[n][2 * i + 1] * scale;
+            y[n * 8] = out[r / 2][n][r % 2 * 2] * scale;
+            y[n * 8 + 1] = out[r / 2][n][r % 2 * 2 + 1] * scale;
         }
     }
+}
+
+template <int D>
+__global__ void __launch_bounds__(ATTN_WARPS * 32, 2)
+    k_attn_prefill(const __grid_constant__ attn_params p)
+{
+    constexpr int KEYS = prefill_keys<D>(), TILE = 2 * KEYS * pitch<D>(), M = prefill_tiles<D>();
+    PS_DYNAMIC_SMEM(smem);
+    ps_dep_wait();
+    const uint32_t kv_head = blockIdx.y, t0 = (gridDim.x - 1 - blockIdx.x) * p.tile_tok,
+                   h0 = blockIdx.z * prefill_rows<D>();
+    if (p.a.kv.n_seq > 1 && is_mixed(p, t0)) return;
+    const uint32_t seq = (uint32_t)((const int32_t *)p.a.seq.a)[t0];
+    const int32_t window =
+        p.a.window > 0 && p.a.window < INT32_MAX ? (int32_t)p.a.window : INT32_MAX;
+    const span block = span_of_block(p, t0);
+    const uint32_t end = (uint32_t)block.high + 1;
+    const uint32_t begin =
+        block.low >= window ? (uint32_t)(block.low - window + 1) / KEYS * KEYS : 0;
+
+    uint16_t *tiles = (uint16_t *)smem,
+             *q_tile = tiles + p.n_buffers * TILE + threadIdx.x / 32 * 16 * M * pitch<D>();
+    int32_t page = p.by_page && begin < end ? page_of(p, seq, begin) : 0, page_ahead = 0;
+    if (begin < end) load_tile<D, KEYS>(p, tiles, seq, kv_head, begin, end, page);
+    query_rows<M> rows;
+    const span warp = take_queries<D, M>(p, t0, h0, q_tile, &rows);
+    float out[M][D / 8][4] = {};
+    uint32_t buffer = 0;
+    for (uint32_t first = begin; first < end; first += KEYS) {
+        const uint32_t ahead = first + KEYS;
+        if (p.by_page && ahead < end) page_ahead = page_of(p, seq, ahead);
+        ps_copy_wait<0>();
+        __syncthreads(); /* the tile is there for all, and nobody reads the one before any more */
+        const uint16_t *tile = tiles + buffer * TILE;
+        if (p.n_buffers == 2 && ahead < end) {
+            buffer ^= 1;
+            load_tile<D, KEYS>(p, tiles + buffer * TILE, seq, kv_head, ahead, end, page_ahead);
+        }
+        const bool some = (int32_t)first <= warp.high &&
+                          (warp.low < window || (int32_t)(first + KEYS - 1) > warp.low - window);
+        if (some) { /* the same in all lanes */
+            const uint64_t present = p.by_page ? page_keys<KEYS>(page, first, end)
+                                               : present_keys<KEYS>(p, seq, first, end);
+            const bool open = present == page_keys<KEYS>(0, 0, KEYS) &&
+                              (int32_t)(first + KEYS - 1) <= warp.low &&
+                              warp.high - (int32_t)first < window;
+            attend_tile<D, KEYS, M, true>(p, tile, NULL, q_tile, first, present, open, &rows, out);
+        }
+        if (p.n_buffers == 1 && ahead < end) {
+            __syncthreads();
+            load_tile<D, KEYS>(p, tiles, seq, kv_head, ahead, end, page_ahead);
+        }
+        page = page_ahead;
+    }
+    join_sums(&rows);
+    write_rows<D, M>(p, t0, h0, &rows, out);
 }
 
 /* ---- decode. Grid: x shares of keys, y KV heads x tiles of 16 query heads, z tokens.
  * Shared memory: per warp keys and values, later the warp's sums; then queries where they live
  * there. ---- */
+
+/* The warps' sums, each laid where its keys were, to outputs or to a share's part, in the order of
+ * warps. Collective. */
+template <int D>
+PS_DEVICE void join_warps(const attn_params &p, float *sums, const query_rows<1> &rows,
+    const float (&out)[1][D / 8][4], uint32_t t, uint32_t head0, uint32_t heads, uint32_t split)
+{
+    constexpr uint32_t EACH = decode_keys<D>() * pitch<D>(); /* keys and values: as many floats */
+    const uint32_t lane = threadIdx.x % 32, n_warps = blockDim.x / 32;
+    float *mine = sums + threadIdx.x / 32 * EACH;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t r = lane / 4 + i * 8;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++)
+            *(float2 *)(mine + r * D + n * 8 + lane % 4 * 2) =
+                make_float2(out[0][n][2 * i], out[0][n][2 * i + 1]);
+        if (lane % 4 == 0) mine[16 * D + r] = rows.max[i], mine[16 * D + 16 + r] = rows.sum[i];
+    }
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < heads * D; i += blockDim.x) {
+        const uint32_t r = i / D, d = i % D, h = head0 + r;
+        float max = -INFINITY, sum = 0.0f, value = 0.0f;
+        for (uint32_t w = 0; w < n_warps; w++) max = fmaxf(max, sums[w * EACH + 16 * D + r]);
+        const float base = max == -INFINITY ? 0.0f : max;
+        for (uint32_t w = 0; w < n_warps; w++) {
+            const float *theirs = sums + w * EACH;
+            const float weight = exp2f(theirs[16 * D + r] - base);
+            sum = fmaf(theirs[16 * D + 16 + r], weight, sum);
+            value = fmaf(theirs[r * D + d], weight, value);
+        }
+        if (p.splits == 1) {
+            ((float *)p.a.out.a)[(uint64_t)t * p.a.ldo + (uint64_t)h * D + d] =
+                value * finish_row(p, t, h, max, sum, d == 0);
+            continue;
+        }
+        const uint64_t at = ((uint64_t)t * p.a.n_head + h) * p.splits + split;
+        p.part[at * D + d] = value;
+        if (d == 0) p.part_ml[2 * at] = max, p.part_ml[2 * at + 1] = sum;
+    }
+}
 
 template <int D>
 __global__ void __launch_bounds__(ATTN_WARPS * 32)
@@ -455,7 +656,7 @@ __global__ void __launch_bounds__(ATTN_WARPS * 32)
         return;
     }
 
-    query_rows rows;
+    query_rows<1> rows;
     const float *from[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
@@ -468,12 +669,12 @@ __global__ void __launch_bounds__(ATTN_WARPS * 32)
     uint16_t *keys = (uint16_t *)smem + warp * 2 * TILE,
              *q_tile = (uint16_t *)smem + n_warps * 2 * TILE;
     uint32_t q[D / 16][4];
-    load_queries<D>(p, from, q, &rows);
+    load_queries<D, 1>(p, from, 0, q, &rows);
     if constexpr (q_in_smem<D>()) {
         if (warp == 0) park_queries<D>(q_tile, q);
         __syncthreads();
     }
-    float out[D / 8][4] = {};
+    float out[1][D / 8][4] = {};
     for (uint32_t first = (uint32_t)begin + warp * KEYS; first < end; first += round) {
         load_side<D, KEYS, PS_THROUGH_L1>(p, p.a.kv.k, keys, seq, kv_head, first, end, lane, 32);
         load_side<D, KEYS, PS_THROUGH_L1>(
@@ -482,44 +683,12 @@ __global__ void __launch_bounds__(ATTN_WARPS * 32)
         const uint64_t present = present_keys<KEYS>(p, seq, first, end);
         ps_copy_wait<0>();
         __syncwarp();
-        attend_tile<D, KEYS>(p, keys, keys + TILE, q, q_tile, first, present, false, &rows, out);
+        attend_tile<D, KEYS, 1, q_in_smem<D>()>(
+            p, keys, q, q_tile, first, present, false, &rows, out);
         __syncwarp(); /* before the tile is overwritten */
     }
     join_sums(&rows);
-
-    /* The warps' sums, each where its keys were. */
-    float *mine = (float *)keys;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const uint32_t r = lane / 4 + i * 8;
-#pragma unroll
-        for (int n = 0; n < D / 8; n++)
-            *(float2 *)(mine + r * D + n * 8 + lane % 4 * 2) =
-                make_float2(out[n][2 * i], out[n][2 * i + 1]);
-        if (lane % 4 == 0) mine[16 * D + r] = rows.max[i], mine[16 * D + 16 + r] = rows.sum[i];
-    }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < heads * D; i += blockDim.x) {
-        const uint32_t r = i / D, d = i % D, h = head0 + r;
-        float max = -INFINITY, sum = 0.0f, value = 0.0f;
-        for (uint32_t w = 0; w < n_warps; w++)
-            max = fmaxf(max, ((const float *)smem)[w * TILE + 16 * D + r]);
-        const float base = max == -INFINITY ? 0.0f : max;
-        for (uint32_t w = 0; w < n_warps; w++) {
-            const float *theirs = (const float *)smem + w * TILE; /* keys and values: TILE floats */
-            const float weight = exp2f(theirs[16 * D + r] - base);
-            sum = fmaf(theirs[16 * D + 16 + r], weight, sum);
-            value = fmaf(theirs[r * D + d], weight, value);
-        }
-        if (p.splits == 1) {
-            ((float *)p.a.out.a)[(uint64_t)t * p.a.ldo + (uint64_t)h * D + d] =
-                value * finish_row(p, t, h, max, sum, d == 0);
-            continue;
-        }
-        const uint64_t at = ((uint64_t)t * p.a.n_head + h) * p.splits + split;
-        p.part[at * D + d] = value;
-        if (d == 0) p.part_ml[2 * at] = max, p.part_ml[2 * at + 1] = sum;
-    }
+    join_warps<D>(p, (float *)smem, rows, out, t, head0, heads, split);
 }
 
 /* Joins the shares, in order. A warp takes one head of one token; up to 32 shares. */
@@ -557,16 +726,17 @@ static __global__ void __launch_bounds__(128) k_attn_join(const __grid_constant_
 typedef struct attn_kernels {
     uint32_t head_dim;
     const void *prefill, *decode;
+    uint32_t prefill_rows, prefill_keys;
     uint32_t prefill_buffer, prefill_q; /* bytes of keys and values, and of queries */
     uint32_t decode_warp, decode_q;
 } attn_kernels;
 
 #define ROW(D)                                                                                     \
     {                                                                                              \
-        D, (const void *)k_attn_prefill<D>, (const void *)k_attn_decode<D>,                        \
-            2 * prefill_keys<D>() * pitch<D>() * 2,                                                \
-            q_in_smem<D>() ? PREFILL_ROWS *pitch<D>() * 2 : 0,                                     \
-            2 * decode_keys<D>() * pitch<D>() * 2, q_in_smem<D>() ? 16 * pitch<D>() * 2 : 0        \
+        D, (const void *)k_attn_prefill<D>, (const void *)k_attn_decode<D>, prefill_rows<D>(),     \
+            prefill_keys<D>(), 2 * prefill_keys<D>() * pitch<D>() * 2,                             \
+            prefill_rows<D>() * pitch<D>() * 2, 2 * decode_keys<D>() * pitch<D>() * 2,             \
+            q_in_smem<D>() ? 16 * pitch<D>() * 2 : 0                                               \
     }
 static const attn_kernels table[] = {ROW(32), ROW(64), ROW(80), ROW(96), ROW(128), ROW(256)};
 #undef ROW
@@ -621,14 +791,15 @@ ps_status ps_cuda_attn(const ps_launch *launch, const void *args)
     if (!ps_fmt_row_bytes(a->kv.fmt, a->kv.head_dim, &p.row_bytes)) return PS_EINTERNAL;
     p.group = a->n_head / a->kv.n_kv_head;
     p.splits = 1;
-    p.tile_tok = p.group < PREFILL_ROWS ? PREFILL_ROWS / p.group : 1;
+    p.tile_tok = p.group < k->prefill_rows ? k->prefill_rows / p.group : 1;
+    p.by_page = a->kv.fmt == PS_FMT_F16 && page_tok >= k->prefill_keys;
     const uint64_t smem_limit = ps_cuda_smem_bytes(launch->info->sm);
     p.n_buffers = 2ull * k->prefill_buffer + k->prefill_q <= smem_limit ? 2 : 1;
     const uint64_t smem_bytes = (uint64_t)p.n_buffers * k->prefill_buffer + k->prefill_q;
     if (a->n_tok <= PS_CUDA_DECODE_TOK || smem_bytes > smem_limit)
         return attn_decode(launch, k, &p);
     const dim3 grid(
-        ps_div_up(a->n_tok, p.tile_tok), a->kv.n_kv_head, ps_div_up(p.group, PREFILL_ROWS));
+        ps_div_up(a->n_tok, p.tile_tok), a->kv.n_kv_head, ps_div_up(p.group, k->prefill_rows));
     const ps_status s = ps_cuda_launch(launch, k->prefill, grid, ATTN_WARPS * 32, smem_bytes, &p);
     if (s != PS_OK || a->kv.n_seq == 1) return s;
     p.only_mixed = 1;

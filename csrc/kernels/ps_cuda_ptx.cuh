@@ -131,6 +131,14 @@ PS_DEVICE void ps_mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_
 #endif
 }
 
+/* 2^x, which is 0 where it would be no normal number. */
+PS_DEVICE float ps_exp2(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 /* Four 8x8 matrices of 16-bit elements from shared memory: lanes 8i..8i+7 give the addresses of
  * matrix i's rows (16 bytes, 16-byte aligned); r[i] holds elements (l / 4, 2 (l % 4)..) of matrix
  * i, or of its transpose. Collective. */
