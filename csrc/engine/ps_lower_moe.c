@@ -131,9 +131,10 @@ static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
     *p = (expert_plan){.group = l->groups, .gathers = gathers(l, layer)};
     p->share = p->gathers ? share_of(l, layer) : 0;
     cut_groups(l, layer, p);
-    if (ps_emitter_ticks(l->e)->n_table == 0) /* layers are much alike */
-        ps_emit_expect_tables(
-            l->e, (uint64_t)(l->hp->n_layer - layer) * (3ull * p->n_groups + 1) * ne);
+    if (ps_emitter_ticks(l->e)->n_table == 0) /* where nothing rides, a group a layer is all */
+        ps_emit_expect_tables(l->e, l->maps_experts && l->shape.mapped == NULL
+                                        ? 3ull * ne * (l->hp->n_layer - layer)
+                                        : l->plan->n_table);
     for (uint32_t g = 0; g < p->n_groups; g++) {
         p->group[g].gate = ps_emit_table(l->e, ne);
         p->group[g].up = ps_emit_table(l->e, ne);

@@ -485,13 +485,12 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
 {
     const ps_hparams *hp = &p->model->hp;
     uint64_t *bytes = p->space_bytes;
-    uint32_t n_table = 0;
 
     PS_TRY(place_residents(p, err));
     if (streams(p)) bytes[PS_SPACE_DEV_RING] = p->spec.n_slots * p->spec.slot_bytes;
     PS_TRY(lay_out_kv(p, err));
     size_buffers(p);
-    PS_TRY(ps_plan_measure(p, &p->buf_bytes[PS_BUF_WS], &n_table, err));
+    PS_TRY(ps_plan_measure(p, &p->buf_bytes[PS_BUF_WS], &p->n_table, err));
     uint64_t act = lay_out_buffers(p);
     if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_ACT] = act;
     bytes[PS_SPACE_HOST_ACT] = host_act_bytes(p, act);
@@ -503,7 +502,7 @@ static ps_status lay_out(ps_plan *p, ps_err *err)
         at += align_up((uint64_t)hp->n_rot / 2 * sizeof(float));
     }
     p->tables_offset = at;
-    at += align_up((uint64_t)n_table * sizeof(ps_dptr));
+    at += align_up((uint64_t)p->n_table * sizeof(ps_dptr));
     bytes[PS_SPACE_HOST_CONST] = at;
     if (p->uses[PS_SIDE_DEV]) bytes[PS_SPACE_DEV_CONST] = at;
     for (int staged = 0; staged <= p->kv_backed; staged++) {

@@ -218,6 +218,7 @@ typedef struct ps_plan {
     uint64_t rope_offset[PS_ROPE_TABLES]; /* f32 [n_rot / 2] in DEV_CONST and HOST_CONST */
     float rope_mag[PS_ROPE_TABLES];
     uint64_t tables_offset; /* expert addresses of the pass, in both CONST spaces */
+    uint32_t n_table;       /* of these, the most that a pass has */
 } ps_plan;
 
 /* PS_EPLAN (field = unit, extra = tier) where a rule is broken, PS_EBUDGET with needed and budget
