@@ -509,9 +509,9 @@ def _touched(
     """Bytes of weights that a pass of n_tok needs: those that could lie in VRAM, and the others. unasked: kinds of
     units of which it needs rows at most."""
     groups: dict[float, int] = {}
-    for unit in model.units:
-        if unit.kind not in unasked:
-            groups[unit.use] = groups.get(unit.use, 0) + unit.n_bytes
+    for (kind, use), n_bytes in model.bytes_by_use.items():
+        if kind not in unasked:
+            groups[use] = groups.get(use, 0) + n_bytes
     near = far = 0.0
     room = float(budget_bytes)
     for use, n_bytes in sorted(groups.items(), reverse=True):

@@ -64,6 +64,14 @@ class Model:
         """A unit's number by its name."""
         return {unit.name: i for i, unit in enumerate(self._units)}
 
+    @cached_property
+    def bytes_by_use(self) -> Mapping[tuple[str, float], int]:
+        """Of units of a kind that as large a share of tokens needs."""
+        found: dict[tuple[str, float], int] = {}
+        for unit in self._units:
+            found[unit.kind, unit.use] = found.get((unit.kind, unit.use), 0) + unit.n_bytes
+        return found
+
     @property
     def n_bytes(self) -> int:
         """Of all units."""

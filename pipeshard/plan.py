@@ -577,10 +577,14 @@ def _groups(
     # Thousands of units have few places and reasons, of which each is one object mostly.
     places = {id(place): place for place in units.values()}
     texts = {key: _place_text(place) for key, place in places.items()}
+    last, some = None, list[int]()  # experts like the one before, as most are
     for name in names:
         text, reason = texts[id(units[name.whole])], why.get(name.whole, "")
         if name.expert >= 0:
-            experts.setdefault((text, reason), {}).setdefault(name.layer, []).append(name.expert)
+            if (text, reason, name.layer) != last:
+                last = text, reason, name.layer
+                some = experts.setdefault((text, reason), {}).setdefault(name.layer, [])
+            some.append(name.expert)
         elif name.layer >= 0:
             lines.setdefault((name.part, text, reason), []).append(name.layer)
         else:

@@ -539,8 +539,8 @@ class Auto:
             search.offer(_all_cpu(ctx))
         if search.best is None:
             raise BudgetError("no placement fits")
-        best = _plain(search.settle(search.best, others))
-        return replace(best, why=_reasons(ctx, best))
+        best = search.settle(search.best, others)
+        return replace(_plain(best), why=_reasons(ctx, best))
 
     def _others(self, ctx: PolicyContext) -> Iterator[Placement]:
         """Each as it would be by itself: with the largest ops that it finds room for."""
@@ -731,16 +731,18 @@ def _all_cpu(ctx: PolicyContext) -> Placement | None:
 
 def _reasons(ctx: PolicyContext, placement: Placement) -> dict[str, str]:
     """Of each unit, where the others of its kind went and why."""
-    why: dict[str, str] = {}
-    reasons: dict[tuple[object, ...], str] = {}  # by kind and the places that there are
+    kinds = list(dict.fromkeys(unit.kind for unit in ctx.units))
+    alike = np.array([kinds.index(unit.kind) for unit in ctx.units])
     tables = [placement.places[tier.name] for tier in ctx.tiers]
-    for unit in ctx.units:
-        places = [table[unit.name] for table in tables]
-        key = (unit.kind, *map(id, places))
-        if key not in reasons:
-            reasons[key] = _reason(ctx, unit, tuple(map(str, places)))
-        why[unit.name] = reasons[key]
-    return why
+    for table in tables:  # numbers for what is alike in kind and in all places
+        places, numbers = numbered(table, ctx.units, ctx.names)
+        alike = np.unique(alike * len(places) + numbers, return_inverse=True)[1]
+    _, where, which = np.unique(alike, return_index=True, return_inverse=True)
+    reasons = [
+        _reason(ctx, unit, tuple(str(table[unit.name]) for table in tables))
+        for unit in map(ctx.units.__getitem__, where)
+    ]
+    return dict(zip(ctx.names, map(reasons.__getitem__, which.tolist()), strict=True))
 
 
 def _reason(ctx: PolicyContext, unit: Unit, places: tuple[str, ...]) -> str:

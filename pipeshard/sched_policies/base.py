@@ -322,20 +322,25 @@ def _check_coverage(names: set[str], places: Mapping[str, Place], tier: Tier) ->
 
 def _check_places(placement: Placement, places: Mapping[str, Place], tier: Tier) -> None:
     ring = placement.n_slots > 0 and placement.slot_bytes > 0
-    for name, place in places.items():
-        what = ""
-        if isinstance(place, Split):
-            shares = (place.vram, place.stream)
-            if not (min(shares) >= 0 and sum(shares) <= 1 + 1e-6):
-                what = f"shares of a split lie between 0 and 1 and sum to 1 at most, not {place}"
-            elif place.stream > 0 and not ring:
-                what = "streams, but the placement has no ring; give n_slots and slot_bytes"
-        elif place not in _PLACES:
-            what = f"{place!r} is no place; use vram, stream, cpu or a Split"
-        elif place == "stream" and not ring:
-            what = "streams, but the placement has no ring; give n_slots and slot_bytes"
-        if what:
-            raise PlanError(f"unit {name}, tier {tier.name}: {what}", unit=name, tier=tier.name)
+    few = {id(place): place for place in places.values()}  # thousands of units have few places
+    wrong = {key: what for key, place in few.items() if (what := _wrong_with(place, ring))}
+    if not wrong:
+        return
+    name, what = next((n, wrong[id(p)]) for n, p in places.items() if id(p) in wrong)
+    raise PlanError(f"unit {name}, tier {tier.name}: {what}", unit=name, tier=tier.name)
+
+
+def _wrong_with(place: Place, ring: bool) -> str:
+    """In words; "" if it is a place. ring: there is one to stream through."""
+    no_ring = "streams, but the placement has no ring; give n_slots and slot_bytes"
+    if isinstance(place, Split):
+        shares = (place.vram, place.stream)
+        if not (min(shares) >= 0 and sum(shares) <= 1 + 1e-6):
+            return f"shares of a split lie between 0 and 1 and sum to 1 at most, not {place}"
+        return no_ring if place.stream > 0 and not ring else ""
+    if place not in _PLACES:
+        return f"{place!r} is no place; use vram, stream, cpu or a Split"
+    return no_ring if place == "stream" and not ring else ""
 
 
 def vram_share(place: Place) -> float:
@@ -344,11 +349,14 @@ def vram_share(place: Place) -> float:
 
 
 def _check_residency(first: Mapping[str, Place], places: Mapping[str, Place], tier: Tier) -> None:
-    for name, place in places.items():
-        if place is not first[name] and vram_share(place) != vram_share(first[name]):
-            raise PlanError(
-                f"unit {name}, tier {tier.name}: its share of VRAM differs from another tier's; say "
-                f"per_tier_residency=True where that is meant",
-                unit=name,
-                tier=tier.name,
-            )
+    theirs = map(first.__getitem__, places)
+    few = {(id(a), id(b)): (a, b) for a, b in zip(places.values(), theirs, strict=True)}
+    if all(a is b or vram_share(a) == vram_share(b) for a, b in few.values()):
+        return
+    name = next(n for n, place in places.items() if vram_share(place) != vram_share(first[n]))
+    raise PlanError(
+        f"unit {name}, tier {tier.name}: its share of VRAM differs from another tier's; say "
+        f"per_tier_residency=True where that is meant",
+        unit=name,
+        tier=tier.name,
+    )
