@@ -275,6 +275,8 @@ static ps_status lower(const ps_plan *plan, const ps_pass_shape *shape, bool mea
         l.x_on[1] = bits + l.n_chunks;
         for (uint32_t i = 0; i < n_units; i++) l.ring_at[i] = UINT64_MAX;
         for (uint32_t i = 0; i < n_slots; i++) l.slot_owner[i] = PS_RING_NOBODY;
+        ps_emit_expect_tables(e, /* where no expert rides in the ring, a group a layer is all */
+            ps_lower_maps_all(&l) ? 3ull * l.hp->n_expert * l.hp->n_layer : plan->n_table);
         lower_pass(&l);
     }
     ps_free(bits);

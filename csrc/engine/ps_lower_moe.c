@@ -44,7 +44,7 @@ static uint64_t ring_share(const lowering *l, uint32_t unit) /* what an expert t
 static void cut_groups(const lowering *l, uint32_t layer, expert_plan *p)
 {
     uint32_t ne = l->hp->n_expert, first = (uint32_t)l->model->layers[layer].first_expert;
-    bool none = l->maps_experts && l->shape.mapped == NULL; /* rides, of this pass */
+    bool none = ps_lower_maps_all(l); /* rides, of this pass */
     uint64_t ring = ps_lower_ring_bytes(l), total = 0, most = ring,
              quarter = ps_max_u64(l->plan->spec.n_slots / 4, 1) * l->plan->spec.slot_bytes;
     for (uint32_t i = 0; i < ne && !none; i++)
@@ -131,10 +131,6 @@ static void plan_experts(lowering *l, uint32_t layer, expert_plan *p)
     *p = (expert_plan){.group = l->groups, .gathers = gathers(l, layer)};
     p->share = p->gathers ? share_of(l, layer) : 0;
     cut_groups(l, layer, p);
-    if (ps_emitter_ticks(l->e)->n_table == 0) /* where nothing rides, a group a layer is all */
-        ps_emit_expect_tables(l->e, l->maps_experts && l->shape.mapped == NULL
-                                        ? 3ull * ne * (l->hp->n_layer - layer)
-                                        : l->plan->n_table);
     for (uint32_t g = 0; g < p->n_groups; g++) {
         p->group[g].gate = ps_emit_table(l->e, ne);
         p->group[g].up = ps_emit_table(l->e, ne);

@@ -96,6 +96,12 @@ static inline bool ps_lower_is_mapped(const lowering *l, uint32_t unit)
     return l->maps_experts && (l->shape.mapped == NULL || l->shape.mapped[unit]);
 }
 
+/* Are all experts of the pass, if streamed, read where they lie? */
+static inline bool ps_lower_maps_all(const lowering *l)
+{
+    return l->maps_experts && l->shape.mapped == NULL;
+}
+
 uint64_t ps_lower_ring_bytes(const lowering *l);
 bool ps_lower_fits_ring(const lowering *l, uint32_t unit);
 /* Room for n_bytes in consecutive slots. What lies there may still be in use: the emitter makes the
