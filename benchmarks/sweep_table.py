@@ -57,7 +57,8 @@ def main() -> None:
         for row in rows
         if row["error"]
     }
-    print(*sorted(failed), sep="\n")
+    for text in sorted(failed):
+        print(text)
     if behind:
         print(
             f"\nauto against the best other, worst of TTFT and TPS a cell: {max(behind):.3f}x at worst"

@@ -31,9 +31,7 @@ GRAPH_TOK = 16  # passes of at most as many tokens run as graphs
 # What a prediction may be off by, at least, whatever the samples say of themselves.
 _LEAST_ERROR = {"measured": 0.08, "datasheet": 0.35, "default": 0.5}
 _EMU_ERROR = 0.02
-_MOST_KNOWN = (
-    1 << 14
-)  # ops whose seconds are remembered; a search for a plan asks for a few thousand
+_MOST_KNOWN = 1 << 14  # ops whose seconds are remembered; a search for a plan asks for thousands
 _LARGE = 1 << 28  # bytes and FLOPs by which a model without a roof is asked for its rates
 _DISK_BYTES_PER_S = 3e9  # of a disk that nobody measured: an NVMe drive's
 # Filling a slot by the CPU moves each byte three times: read, and written after its line was fetched.
@@ -250,7 +248,7 @@ class Simulator:
                 seconds[here] = n * (flag + max(cross, fill))
 
     def _known_seconds(self, tick: tuple[Any, ...], graph: bool, fill: float) -> float:
-        key = (*tick[:3], *tick[5:], graph, fill)  # but for the unit and where it waits
+        key = (*tick[:3], *tick[5:], graph, fill)  # all but whose weights it is about
         if key not in self._known:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()

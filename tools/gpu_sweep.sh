@@ -17,6 +17,7 @@ out=${OUT:-benchmarks/results}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PIPESHARD_COMMIT=$commit
 
 "$python" setup.py -q build_ext --inplace >/dev/null
+rows=()
 for model in ${MODELS:-Qwen3-30B-A3B:q4_0 Minitron-8B:f16}; do
     name=${model%:*} type=${model#*:}
     file=$folder/$name.$type.gguf
@@ -24,10 +25,11 @@ for model in ${MODELS:-Qwen3-30B-A3B:q4_0 Minitron-8B:f16}; do
     "$python" -m pipeshard profile "$file" --device cuda -o "$out/profile_${gpu}_$name.json"
     policies=${POLICIES:-all}
     for round in $(seq "${ROUNDS:-1}"); do
+        rows+=("$out/sweep_${gpu}_$name.$round.csv")
         "$python" -m pipeshard sweep "$file" --device cuda --vram "${BUDGETS:-2GiB,4GiB,8GiB,16GiB}" \
             -p "${PROMPTS:-1024,4096}" --policy "$policies" -r "${REPEATS:-3}" -n "${GEN:-24}" \
-            --cell-s "${CELL_S:-12}" -o "$out/sweep_${gpu}_$name.$round.csv"
+            --cell-s "${CELL_S:-12}" -o "${rows[-1]}"
         policies=${AGAIN:-$policies}
     done
 done
-"$python" benchmarks/sweep_table.py --commit "$commit" "$out"/sweep_"$gpu"_*.csv | tee "$out/sweep_$gpu.txt"
+"$python" benchmarks/sweep_table.py --commit "$commit" "${rows[@]}" | tee "$out/sweep_$gpu.txt"
